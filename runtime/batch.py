@@ -1,0 +1,80 @@
+"""One step's batch as tensors: what a rank computes, whatever mixture of prompts and decodes it is.
+
+Legend: T tokens of the step, S sequences, B blocks of the longest table. Decodes come first, one token each, then
+prompt chunks; a sequence's tokens are consecutive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's part of a step: its tokens from position `start`, and the blocks of all its context."""
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    is_prefill: bool = False
+    wants_logits: bool = True
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """Tensors of a step. The Python integers beside them bound sizes without asking the device.
+
+    `slots_T` is where a token's KV goes: block * block_tokens + offset, -1 for nowhere (padding).
+    `seq_lens_S` counts context including this step; `query_starts` [S+1] delimits each sequence's tokens.
+    `logit_rows` are the token rows whose next token is wanted, in sequence order.
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    block_tables_SB: torch.Tensor
+    seq_lens_S: torch.Tensor
+    query_starts: torch.Tensor
+    logit_rows: torch.Tensor
+    num_decodes: int
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+
+def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.device | str = "cpu") -> StepInput:
+    """Lay segments out as a step; decodes must come before prefills. An empty list is the batch of an idle rank."""
+    decodes = sum(not s.is_prefill for s in segments)
+    assert all(s.is_prefill for s in segments[decodes:]), "decodes come first"
+    assert all(len(s.token_ids) == 1 for s in segments[:decodes]), "a decode computes one token"
+    lens = [len(s.token_ids) for s in segments]
+    starts = [0, *accumulate(lens)]
+    contexts = [s.start + n for s, n in zip(segments, lens, strict=True)]
+    width = max((-(-c // block_tokens) for c in contexts), default=0)
+    tables = np.zeros((len(segments), width), dtype=np.int32)
+    positions = np.empty(starts[-1], dtype=np.int64)
+    slots = np.empty(starts[-1], dtype=np.int64)
+    for i, segment in enumerate(segments):
+        blocks = np.asarray(segment.blocks[: -(-contexts[i] // block_tokens)], dtype=np.int64)
+        assert len(blocks) * block_tokens >= contexts[i], "a table too short for its context"
+        tables[i, : len(blocks)] = blocks
+        where = np.arange(segment.start, contexts[i])
+        positions[starts[i] : starts[i + 1]] = where
+        slots[starts[i] : starts[i + 1]] = blocks[where // block_tokens] * block_tokens + where % block_tokens
+    ids = np.fromiter((t for s in segments for t in s.token_ids), dtype=np.int64, count=starts[-1])
+    rows = np.array([starts[i + 1] - 1 for i, s in enumerate(segments) if s.wants_logits], dtype=np.int64)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return StepInput(tensor(ids), tensor(positions), tensor(slots), tensor(tables),
+                     tensor(np.array(contexts, dtype=np.int32)), tensor(np.array(starts, dtype=np.int32)), tensor(rows),
+                     decodes, tuple(lens), tuple(contexts))
