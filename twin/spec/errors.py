@@ -1,11 +1,11 @@
 """The errors that a user may meet. Anything else is a bug and shows a traceback.
 
-    EptwinError
-     ├─ SpecError     bad input: file:line, field, what was expected, a hint      exit 2
-     ├─ Infeasible    no plan fits: the binding constraint and by how much        exit 1
-     ├─ SLOMissed / NotSteady / OutOfBand     an honest "no"                      exit 1
-     ├─ RankFailed    which rank, where, what the runtime did about it            exit 1
-     └─ Overloaded    429/503 with Retry-After at the gateway
+EptwinError
+ ├─ SpecError     bad input: file:line, field, what was expected, a hint      exit 2
+ ├─ Infeasible    no plan fits: the binding constraint and by how much        exit 1
+ ├─ SLOMissed / NotSteady / OutOfBand     an honest "no"                      exit 1
+ ├─ RankFailed    which rank, where, what the runtime did about it            exit 1
+ └─ Overloaded    429/503 with Retry-After at the gateway
 """
 
 from __future__ import annotations
@@ -36,8 +36,15 @@ class SpecError(EptwinError):
 
     exit_code = 2
 
-    def __init__(self, problems: Problem | list[Problem] | str, *, file: Path | str | None = None,
-                 field: str = "", expected: str = "", hint: str = "") -> None:
+    def __init__(
+        self,
+        problems: Problem | list[Problem] | str,
+        *,
+        file: Path | str | None = None,
+        field: str = "",
+        expected: str = "",
+        hint: str = "",
+    ) -> None:
         if isinstance(problems, str):
             problems = Problem(problems, field=field, expected=expected, hint=hint)
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
@@ -65,8 +72,9 @@ class SpecError(EptwinError):
 class Infeasible(EptwinError):
     """No plan fits. `constraint` names what binds; `needed` and `available` are in `unit`."""
 
-    def __init__(self, message: str, *, constraint: str, needed: float | None = None,
-                 available: float | None = None, unit: str = "") -> None:
+    def __init__(
+        self, message: str, *, constraint: str, needed: float | None = None, available: float | None = None, unit: str = ""
+    ) -> None:
         self.constraint, self.needed, self.available, self.unit = constraint, needed, available, unit
         super().__init__(message)
 

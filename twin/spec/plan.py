@@ -71,8 +71,10 @@ class PoolPlan(Spec):
     def _consistent(self) -> PoolPlan:
         if self.world % self.ep:
             legal = [d for d in range(1, self.world + 1) if self.world % d == 0]
-            raise ValueError(f"ep ({self.ep}) does not divide the world dp x tp = {self.dp} x {self.tp} = {self.world}; "
-                             f"legal: {', '.join(map(str, legal))}")
+            raise ValueError(
+                f"ep ({self.ep}) does not divide the world dp x tp = {self.dp} x {self.tp} = {self.world}; "
+                f"legal: {', '.join(map(str, legal))}"
+            )
         return self
 
 

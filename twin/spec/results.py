@@ -52,8 +52,15 @@ class Summary(Spec):
             high = min(low + 1, len(ordered) - 1)
             return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
-        return cls(count=len(ordered), mean=sum(ordered) / len(ordered), p50=at(0.5), p90=at(0.9), p95=at(0.95),
-                   p99=at(0.99), max=ordered[-1])
+        return cls(
+            count=len(ordered),
+            mean=sum(ordered) / len(ordered),
+            p50=at(0.5),
+            p90=at(0.9),
+            p95=at(0.95),
+            p99=at(0.99),
+            max=ordered[-1],
+        )
 
 
 class Interval(Spec):

@@ -54,12 +54,20 @@ def mark_warmup(records: Iterable[RequestRecord], warmup_fraction: float) -> lis
     """The records in order of arrival, `counted` false for the first `warmup_fraction` of them (rounded down)."""
     ordered = sorted(records, key=lambda r: (r.arrival_s, r.id))
     warmup = int(len(ordered) * warmup_fraction)
-    return [record if record.counted == (i >= warmup) else record.model_copy(update={"counted": i >= warmup})
-            for i, record in enumerate(ordered)]
+    return [
+        record if record.counted == (i >= warmup) else record.model_copy(update={"counted": i >= warmup})
+        for i, record in enumerate(ordered)
+    ]
 
 
-def summarise(records: Sequence[RequestRecord], workload: WorkloadSpec, *, gpus: int, usd_per_h: float | None = None,
-              itl_s: Summary | None = None) -> RunSummary:
+def summarise(
+    records: Sequence[RequestRecord],
+    workload: WorkloadSpec,
+    *,
+    gpus: int,
+    usd_per_h: float | None = None,
+    itl_s: Summary | None = None,
+) -> RunSummary:
     """Summarise requests whose `counted` flags are set (see mark_warmup).
 
     `itl_s` summarises the gaps between output tokens of the counted requests, which records do not carry. `usd_per_h`
@@ -77,11 +85,13 @@ def summarise(records: Sequence[RequestRecord], workload: WorkloadSpec, *, gpus:
             ttft_s=Summary.of([v for r in counted if (v := r.ttft_s) is not None]),
             tpot_s=Summary.of([v for r in counted if (v := r.tpot_s) is not None]),
             itl_s=itl_s or Summary(count=0),
-            e2e_s=Summary.of([v for r in counted if (v := r.e2e_s) is not None])),
+            e2e_s=Summary.of([v for r in counted if (v := r.e2e_s) is not None]),
+        ),
         throughput=throughput,
         counts=count(ordered),
         steady=steady(ordered, workload.arrivals.kind),
-        cost=cost(throughput, usd_per_h))
+        cost=cost(throughput, usd_per_h),
+    )
 
 
 def count(records: Sequence[RequestRecord]) -> Counts:
@@ -89,11 +99,17 @@ def count(records: Sequence[RequestRecord]) -> Counts:
     ends = {"ok": 0, "rejected": 0, "failed": 0, "unfinished": 0}
     for record in records:
         ends[record.status] += 1
-    return Counts(submitted=len(records), finished=ends["ok"], rejected=ends["rejected"], failed=ends["failed"],
-                  unfinished=ends["unfinished"], counted=sum(r.counted and r.status == "ok" for r in records),
-                  preemptions=sum(r.preemptions for r in records),
-                  input_tokens=sum(r.isl for r in records if r.first_token_s is not None),
-                  output_tokens=sum(r.output_tokens for r in records))
+    return Counts(
+        submitted=len(records),
+        finished=ends["ok"],
+        rejected=ends["rejected"],
+        failed=ends["failed"],
+        unfinished=ends["unfinished"],
+        counted=sum(r.counted and r.status == "ok" for r in records),
+        preemptions=sum(r.preemptions for r in records),
+        input_tokens=sum(r.isl for r in records if r.first_token_s is not None),
+        output_tokens=sum(r.output_tokens for r in records),
+    )
 
 
 def counted_window(records: Sequence[RequestRecord], *, open_loop: bool) -> tuple[float, float]:
@@ -126,8 +142,11 @@ def cost(throughput: Throughput, usd_per_h: float | None) -> Cost:
     def per_million(tok_per_s: float) -> float | None:
         return usd_per_h / (tok_per_s * 3600) * 1e6 if tok_per_s > 0 else None
 
-    return Cost(usd_per_h=usd_per_h, usd_per_million_output_tokens=per_million(throughput.output_tok_per_s),
-                usd_per_million_tokens=per_million(total))
+    return Cost(
+        usd_per_h=usd_per_h,
+        usd_per_million_output_tokens=per_million(throughput.output_tok_per_s),
+        usd_per_million_tokens=per_million(total),
+    )
 
 
 def weighted_summary(pairs: Iterable[tuple[float, int]]) -> Summary:
@@ -154,12 +173,20 @@ def weighted_summary(pairs: Iterable[tuple[float, int]]) -> Summary:
         upper = order_statistic(min(int(position) + 1, total - 1))
         return lower + (upper - lower) * (position - int(position))
 
-    return Summary(count=total, mean=sum(v * w for v, w in ordered) / total, p50=at(0.5), p90=at(0.9), p95=at(0.95),
-                   p99=at(0.99), max=ordered[-1][0])
+    return Summary(
+        count=total,
+        mean=sum(v * w for v, w in ordered) / total,
+        p50=at(0.5),
+        p90=at(0.9),
+        p95=at(0.95),
+        p99=at(0.99),
+        max=ordered[-1][0],
+    )
 
 
-def _throughput(records: Sequence[RequestRecord], counted: Sequence[RequestRecord], window: tuple[float, float],
-                slo: Slo, gpus: int) -> Throughput:
+def _throughput(
+    records: Sequence[RequestRecord], counted: Sequence[RequestRecord], window: tuple[float, float], slo: Slo, gpus: int
+) -> Throughput:
     start, end = window
     window_s = end - start
     finished = prompt_tokens = met = 0
@@ -179,12 +206,16 @@ def _throughput(records: Sequence[RequestRecord], counted: Sequence[RequestRecor
         return amount / window_s if window_s > 0 else 0.0
 
     return Throughput(
-        window_s=window_s, requests_per_s=rate(finished), input_tok_per_s=rate(prompt_tokens),
-        output_tok_per_s=rate(output_tokens), output_tok_per_s_per_gpu=rate(output_tokens) / gpus,
+        window_s=window_s,
+        requests_per_s=rate(finished),
+        input_tok_per_s=rate(prompt_tokens),
+        output_tok_per_s=rate(output_tokens),
+        output_tok_per_s_per_gpu=rate(output_tokens) / gpus,
         total_tok_per_s_per_gpu=rate(prompt_tokens + output_tokens) / gpus,
         tok_per_s_per_user=1 / tpot if tpot else None,
         goodput_per_s=rate(met) if stated else None,
-        slo_attainment=sum(meets(r, slo) for r in judged) / len(judged) if stated and judged else None)
+        slo_attainment=sum(meets(r, slo) for r in judged) / len(judged) if stated and judged else None,
+    )
 
 
 def _tokens_inside(record: RequestRecord, start: float, end: float) -> float:
@@ -211,8 +242,9 @@ def steady(records: Sequence[RequestRecord], arrivals: str) -> Steady:
     if arrivals == "burst":
         return Steady(verdict="too short", warmup_s=warmup_s, reason="a burst is a transient; figures span all of it")
     if len(done) < MIN_COUNTED:
-        return Steady(verdict="too short", warmup_s=warmup_s,
-                      reason=f"{len(done)} requests were counted; at least {MIN_COUNTED} are needed")
+        return Steady(
+            verdict="too short", warmup_s=warmup_s, reason=f"{len(done)} requests were counted; at least {MIN_COUNTED} are needed"
+        )
     mean_e2e_s = sum(e for _, e in done) / len(done)
     span_s = counted[-1].arrival_s - counted[0].arrival_s
     drift, beyond_chance = _drift([e for _, e in done])
@@ -224,20 +256,21 @@ def steady(records: Sequence[RequestRecord], arrivals: str) -> Steady:
         verdict, reason = "not steady", f"{slope:.1%} of the arriving requests pile up"
     elif beyond_chance and abs(drift) > MAX_DRIFT:
         verdict, reason = "not steady", f"mean E2E latency changes by {drift:+.1%} from the first to the second half"
-    return Steady.model_validate({"verdict": verdict, "warmup_s": warmup_s, "drift": drift,
-                                  "queue_slope_per_s": slope, "reason": reason})
+    return Steady.model_validate(
+        {"verdict": verdict, "warmup_s": warmup_s, "drift": drift, "queue_slope_per_s": slope, "reason": reason}
+    )
 
 
 def _drift(values: Sequence[float]) -> tuple[float, bool]:
     """(second half's mean / first half's - 1, whether batch means say that it is more than chance)."""
     half = len(values) // 2
-    sides = (values[:half], values[half:2 * half])
+    sides = (values[:half], values[half : 2 * half])
     means = [sum(side) / half for side in sides]
     drift = means[1] / means[0] - 1 if means[0] > 0 else 0.0
     batch = half // _BATCHES
     variance = 0.0
     for side in sides:
-        batches = [sum(side[i * batch:(i + 1) * batch]) / batch for i in range(_BATCHES)]
+        batches = [sum(side[i * batch : (i + 1) * batch]) / batch for i in range(_BATCHES)]
         centre = sum(batches) / _BATCHES
         variance += sum((b - centre) ** 2 for b in batches) / (_BATCHES - 1) / _BATCHES
     return drift, abs(means[1] - means[0]) > _T_CRITICAL * math.sqrt(variance)
@@ -249,8 +282,7 @@ def _queue_slope(records: Sequence[RequestRecord], start: float, end: float, poi
     if end <= start:
         return 0.0, False
     arrivals = sorted(r.arrival_s for r in records)
-    leaves = sorted(math.inf if r.status == "unfinished" else r.arrival_s if r.finish_s is None else r.finish_s
-                    for r in records)
+    leaves = sorted(math.inf if r.status == "unfinished" else r.arrival_s if r.finish_s is None else r.finish_s for r in records)
     times = [start + (end - start) * i / (points - 1) for i in range(points)]
     inside = [bisect_right(arrivals, t) - bisect_right(leaves, t) for t in times]
     mean_t, mean_n = sum(times) / points, sum(inside) / points

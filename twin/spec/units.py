@@ -33,8 +33,15 @@ UNITS: dict[str, dict[str, float]] = {
     "usd_per_h": {"$/h": 1.0, "USD/h": 1.0, "usd/h": 1.0},
     "w": {"W": 1.0, "kW": 1e3},
 }
-_EXAMPLE = {"bytes": "80 GiB", "bytes_per_s": "450 GB/s", "flop_per_s": "989 TFLOP/s", "s": "20 ms", "per_s": "12 req/s",
-            "usd_per_h": "2.5 $/h", "w": "700 W"}
+_EXAMPLE = {
+    "bytes": "80 GiB",
+    "bytes_per_s": "450 GB/s",
+    "flop_per_s": "989 TFLOP/s",
+    "s": "20 ms",
+    "per_s": "12 req/s",
+    "usd_per_h": "2.5 $/h",
+    "w": "700 W",
+}
 _QUANTITY = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)$")
 
 

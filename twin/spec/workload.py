@@ -30,8 +30,13 @@ class Lengths(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Lengths:
-        needs = {"fixed": ("mean",), "geometric": ("mean",), "lognormal": ("mean", "cv"), "uniform": ("low", "high"),
-                 "empirical": ("values",)}[self.kind]
+        needs = {
+            "fixed": ("mean",),
+            "geometric": ("mean",),
+            "lognormal": ("mean", "cv"),
+            "uniform": ("low", "high"),
+            "empirical": ("values",),
+        }[self.kind]
         for field in needs:
             if getattr(self, field) in (None, ()):
                 raise ValueError(f"{self.kind} lengths need {field}")
@@ -57,8 +62,13 @@ class Arrivals(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Arrivals:
-        needs = {"poisson": ("rate_per_s",), "deterministic": ("rate_per_s",), "closed_loop": ("concurrency",),
-                 "burst": (), "trace": ("file", "format")}[self.kind]
+        needs = {
+            "poisson": ("rate_per_s",),
+            "deterministic": ("rate_per_s",),
+            "closed_loop": ("concurrency",),
+            "burst": (),
+            "trace": ("file", "format"),
+        }[self.kind]
         for field in needs:
             if getattr(self, field) is None:
                 raise ValueError(f"{self.kind} arrivals need {field}")
