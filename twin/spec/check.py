@@ -71,7 +71,8 @@ def _pool_problems(pool: PoolPlan, model: ModelSpec, at: str) -> list[Problem]:
         short = -slots % pool.ep
         problems.append(
             Problem(
-                f"{model.moe.experts} experts + {pool.redundant_experts} redundant = {slots} slots do not divide over ep = {pool.ep} ranks",
+                f"{model.moe.experts} experts + {pool.redundant_experts} redundant = {slots} slots "
+                f"do not divide over ep = {pool.ep} ranks",
                 field=f"{at}.redundant_experts",
                 hint=f"redundant_experts = {pool.redundant_experts + short} would",
             )
