@@ -1,0 +1,381 @@
+"""Continuous batching: which tokens of which requests one step computes.
+
+A `BatchScheduler` serves one rank's batch: `schedule` plans a step, the owner runs it, `complete` books what came out.
+Requests are served by priority (lower first), then arrival; nobody overtakes a request that does not fit yet, so that
+every accepted request ends. Blocks for all tokens known at admission are reserved at once (a prompt in progress never
+lacks memory); decoding grows them token by token and pre-empts the least urgent running request when none is left.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterable, Mapping
+from heapq import heappop, heappush
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twin.policy.decode_rows import DecodeRows, Sequence
+from twin.policy.kv_blocks import Blocks, TokenIds
+from twin.policy.steps import BatchLimits, PrefillChunk, RequestState, StepPlan
+from twin.spec.errors import Problem, SpecError
+
+__all__ = ["BatchLimits", "BatchScheduler", "PrefillChunk", "RequestState", "StepPlan"]
+
+class BatchScheduler:
+    """The batch of one rank over one block manager. One step is in flight at most."""
+
+    def __init__(self, limits: BatchLimits, blocks: Blocks) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self._spare_blocks = ceil(limits.watermark * blocks.num_blocks)
+        self._sequences: dict[int, Sequence] = {}
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries no longer waiting are skipped
+        self._prefilling: list[Sequence] = []  # admitted, most urgent first
+        self._rows = DecodeRows(blocks)
+        self._num_held = 0
+        self._arrivals = 0
+        self._uncomputed = 0
+        self._in_flight: StepPlan | None = None
+
+    def add(self, request_id: int, prompt_tokens: int, max_new_tokens: int, *, computed_tokens: int = 0,
+            generated_tokens: int = 0, priority: int = 0, token_ids: TokenIds | None = None) -> None:
+        """Queue a request. Raises SpecError for one that could never run, however long it waited.
+
+        `computed_tokens` and `generated_tokens`: KV handed over by a prefill instance and the tokens it already gave;
+        with everything but the newest token computed the request decodes in the step that admits it. Blocks reserved
+        beforehand under the same id (where a transfer landed) are taken over. `token_ids` of the prompt let it use the
+        prefix cache of the block manager.
+        """
+        self._check(request_id, prompt_tokens, max_new_tokens, computed_tokens, generated_tokens)
+        sequence = Sequence(request_id, (priority, self._arrivals), prompt_tokens, max_new_tokens, computed_tokens,
+                            generated_tokens, token_ids)
+        self._arrivals += 1
+        self._sequences[request_id] = sequence
+        self._uncomputed += sequence.known_tokens - computed_tokens
+        self._push(sequence)
+
+    def schedule(self, draft_tokens: int = 0) -> StepPlan:
+        """Plan the next step, with up to `draft_tokens` speculated tokens beside each decode.
+
+        Reserves all blocks that the step writes. Drafts never exceed what a request may still generate, and shrink
+        before a decode has to wait. A plan that was never completed is forgotten and its work planned again. The plan
+        is empty when nothing runs, or when what waits needs blocks that `release` has yet to return.
+        """
+        if self.limits.prefill_first:
+            _, chunks = self._fill(self.limits.max_batch_tokens, admit=True)
+            plan = StepPlan(prefill=chunks) if chunks else self._decode_plan(draft_tokens)
+        else:
+            plan = self._decode_plan(draft_tokens)
+            budget = self.limits.max_batch_tokens - sum(plan.decode_tokens)
+            joined, chunks = self._fill(budget, admit=not plan.preempted)
+            if joined or chunks:
+                plan = StepPlan(chunks, plan.decode + joined, plan.preempted, plan.decode_tokens + (1,) * len(joined))
+        self._in_flight = plan
+        return plan
+
+    def complete(self, plan: StepPlan, *, finished: Iterable[int] = (), accepted: Mapping[int, int] | None = None,
+                 hold: bool | Collection[int] = False) -> list[int]:
+        """Book the step: each decode and each ended prefill gave one token, or `accepted[id]` of its `decode_tokens`.
+
+        Requests in `finished` (a stop token) or with all their tokens leave; their ids are returned, decodes first.
+        Their blocks are freed, except of those in `hold` (True: all): they keep their blocks, for a KV transfer to
+        read, until `release`. Requests cancelled meanwhile are skipped. Raises ValueError for a plan that is not the
+        one last scheduled.
+        """
+        if plan is not self._in_flight:
+            raise ValueError("this plan is not the one in flight")
+        self._in_flight = None
+        stops = set(finished)
+        left = self._complete_decode(plan, stops, accepted) + self._complete_prefill(plan, stops)
+        for sequence in left:
+            self._end(sequence, hold is True or (hold is not False and sequence.request_id in hold))
+        return [sequence.request_id for sequence in left]
+
+    def decode_only_steps(self) -> int:
+        """Steps that will run unchanged without arrivals: one token for every running request, none admitted,
+        pre-empted or in prefill. The last of them may end requests. 0 when the next step is anything else.
+        """
+        if self._prefilling or not len(self._rows):
+            return 0
+        first = self.limits.prefill_first
+        budget = self.limits.max_batch_tokens - (0 if first else len(self._rows))
+        head = self._head()
+        promised = 0 if first else self._rows.blocks_missing(1)
+        if head is not None and self._may_admit(head, budget, self._chunk_budget(budget), promised):
+            return 0
+        return self._rows.steps_that_fit()
+
+    def advance(self, steps: int) -> list[int]:
+        """Apply `steps` <= `decode_only_steps()` decode steps at once, as that many `schedule` and `complete` would.
+
+        Counts, phases and the ids that left are the same; only which physical block holds which tokens may differ.
+        """
+        if not 0 <= steps <= self.decode_only_steps():
+            raise ValueError(f"cannot advance {steps} steps, only 0..{self.decode_only_steps()}")
+        self._in_flight = None
+        rows = self._rows
+        for row in rows.short_rows(steps):
+            grown = rows.grow(row, int(rows.computed[row]) + steps)
+            assert grown, "decode_only_steps promised these blocks"
+        rows.computed[:] += steps
+        rows.remaining[:] -= steps
+        left = rows.leave(np.flatnonzero(rows.remaining == 0).tolist()) if steps else []
+        for sequence in left:
+            self._end(sequence, False)
+        return [sequence.request_id for sequence in left]
+
+    def cancel(self, request_id: int) -> bool:
+        """Forget a request in any phase and free its blocks. False when it is unknown (it left already)."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        if sequence.phase == "decode":
+            self._rows.leave([self._rows.row_of(request_id)])
+        elif sequence.phase == "prefill":
+            self._prefilling.remove(sequence)
+        elif sequence.phase == "held":
+            self._num_held -= 1
+        if sequence.phase in ("waiting", "prefill"):
+            self._uncomputed -= sequence.known_tokens - sequence.computed
+        self._end(sequence, False)
+        return True
+
+    def release(self, request_id: int) -> None:
+        """Free the blocks of a request that left under `hold`. Raises ValueError when it is not held."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.phase != "held":
+            raise ValueError(f"request {request_id} is not held")
+        self._num_held -= 1
+        self._end(sequence, False)
+
+    @property
+    def num_running(self) -> int:
+        """Admitted requests, in prefill or decode."""
+        return len(self._rows) + len(self._prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - self.num_running - self._num_held
+
+    @property
+    def num_held(self) -> int:
+        return self._num_held
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt (and recomputed) tokens yet to be computed, of waiting requests and of prompts in progress."""
+        return self._uncomputed
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits and nothing runs; held blocks do not count."""
+        return len(self._sequences) == self._num_held
+
+    def state(self, request_id: int) -> RequestState:
+        """Where a request stands. Raises KeyError for one that left or never came."""
+        sequence = self._sequences[request_id]
+        if sequence.phase == "decode":
+            self._rows.write_back(self._rows.row_of(request_id), sequence)
+        return RequestState(sequence.phase, sequence.prompt_tokens, sequence.computed, sequence.generated,
+                            sequence.preemptions)
+
+    # Decode: grow every row, pre-empt where blocks are missing.
+
+    def _decode_plan(self, draft_tokens: int) -> StepPlan:
+        rows = self._rows
+        if not len(rows):
+            return StepPlan()
+        drafts = min(draft_tokens, self.limits.max_batch_tokens // len(rows) - 1)
+        widths = np.minimum(rows.remaining, 1 + drafts) if drafts > 0 else np.ones(len(rows), dtype=np.int64)
+        widths, preempted = self._make_room(widths)
+        tokens = tuple(widths.tolist()) if drafts > 0 else (1,) * len(rows)
+        return StepPlan((), rows.ids, preempted, tokens)
+
+    def _make_room(self, widths: NDArray[np.int64]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+        """Blocks for every row's step, the most urgent first: drafts are dropped, then the last request evicted."""
+        rows, evicted, preempted = self._rows, set[int](), list[Sequence]()
+        for row in rows.short_rows(widths):
+            while row not in evicted:
+                stored = int(rows.computed[row])
+                if rows.grow(row, stored + int(widths[row])):
+                    break
+                if widths[row] > 1 and rows.grow(row, stored + 1):
+                    widths[row] = 1
+                    break
+                preempted.append(self._evict_last(evicted))
+        if evicted:
+            widths = np.delete(widths, sorted(evicted))
+            rows.leave(evicted)
+        for sequence in preempted:
+            self._uncomputed += sequence.computed if sequence.phase == "prefill" else sequence.known_tokens
+            sequence.computed = 0
+            sequence.preemptions += 1
+            self._push(sequence)
+        return widths, tuple(sequence.request_id for sequence in preempted)
+
+    def _evict_last(self, evicted: set[int]) -> Sequence:
+        """Free the blocks of the least urgent running request; a row is only noted in `evicted`."""
+        candidates = [row for row in range(len(self._rows)) if row not in evicted]
+        last = max(candidates, key=lambda row: self._rows.sequences[row].order)
+        sequence = self._rows.sequences[last]
+        if self._prefilling and self._prefilling[-1].order > sequence.order:
+            sequence = self._prefilling.pop()
+        else:
+            evicted.add(last)
+        self.blocks.free(sequence.request_id)
+        return sequence
+
+    def _complete_decode(self, plan: StepPlan, stops: set[int], accepted: Mapping[int, int] | None) -> list[Sequence]:
+        rows = self._rows
+        if not plan.decode or not len(rows):
+            return []
+        gained = np.array(plan.decode_tokens if accepted else 1, dtype=np.int64)
+        if accepted:
+            gained = np.minimum(gained, [accepted.get(request_id, 1) for request_id in plan.decode])
+            assert gained.min() >= 1, "a decode gives at least one token"
+        where: NDArray[np.int64] | slice = slice(None)
+        if plan.decode != rows.ids:  # some were cancelled while the step ran
+            row_of = {request_id: row for row, request_id in enumerate(rows.ids)}
+            alive = [i for i, request_id in enumerate(plan.decode) if request_id in row_of]
+            where = np.array([row_of[plan.decode[i]] for i in alive], dtype=np.int64)
+            gained = gained[alive] if gained.ndim else gained
+        rows.computed[where] += gained
+        rows.remaining[where] -= gained
+        ended = rows.remaining <= 0
+        if stops:
+            stopped = stops.intersection(plan.decode)
+            ended |= np.fromiter((request_id in stopped for request_id in rows.ids), dtype=bool, count=len(rows))
+        return rows.leave(np.flatnonzero(ended).tolist())
+
+    # Prefill: go on with admitted prompts, then admit.
+
+    def _fill(self, budget: int, *, admit: bool) -> tuple[tuple[int, ...], tuple[PrefillChunk, ...]]:
+        """Prompt chunks for `budget` tokens, and the admitted requests that decode at once."""
+        chunk_budget = self._chunk_budget(budget)
+        chunks: list[PrefillChunk] = []
+        joined: list[int] = []
+        for sequence in self._prefilling:
+            chunk_budget -= self._cut(sequence, chunk_budget, chunks)
+        budget -= sum(chunk.tokens for chunk in chunks)
+        while admit and (head := self._head()) is not None:
+            if not self._may_admit(head, budget, min(budget, chunk_budget), 0):
+                break
+            heappop(self._queue)
+            self._admit(head)
+            if head.phase == "decode":
+                joined.append(head.request_id)
+                budget -= 1
+            else:
+                tokens = self._cut(head, min(budget, chunk_budget), chunks)
+                budget -= tokens
+                chunk_budget -= tokens
+        return tuple(joined), tuple(chunks)
+
+    def _chunk_budget(self, budget: int) -> int:
+        return budget if self.limits.chunk_tokens is None else min(budget, self.limits.chunk_tokens)
+
+    def _chunk_size(self, rest: int, budget: int) -> int:
+        """Tokens of a prompt with `rest` tokens to go that fit `budget`; 0 for not in this step."""
+        if self.limits.chunk_tokens is not None:
+            return max(0, min(rest, budget))
+        whole = min(rest, self.limits.max_batch_tokens)
+        return whole if whole <= budget else 0
+
+    def _cut(self, sequence: Sequence, budget: int, chunks: list[PrefillChunk]) -> int:
+        rest = sequence.known_tokens - sequence.computed
+        tokens = self._chunk_size(rest, budget)
+        if tokens:
+            chunks.append(PrefillChunk(sequence.request_id, sequence.computed, tokens, tokens == rest))
+        return tokens
+
+    def _head(self) -> Sequence | None:
+        while self._queue and self._queue[0][1].phase != "waiting":
+            heappop(self._queue)
+        return self._queue[0][1] if self._queue else None
+
+    def _may_admit(self, head: Sequence, budget: int, chunk_budget: int, promised_blocks: int) -> bool:
+        """Whether the head of the queue can run in a step with these budgets left. Changes nothing.
+
+        `promised_blocks` are free now but will be taken first. The watermark yields when nothing else runs.
+        """
+        if self.num_running >= self.limits.max_seqs:
+            return False
+        # A cached prefix shortens the prompt only once adopted, so an unchunked prompt must fit without it.
+        rest = head.known_tokens - head.computed
+        if not (budget >= 1 if head.is_decode else self._chunk_size(rest, chunk_budget)):
+            return False
+        spare = promised_blocks + (self._spare_blocks if self.num_running else 0)
+        return self.blocks.can_admit(head.request_id, head.known_tokens, self._matchable_ids(head), spare=spare)
+
+    def _admit(self, head: Sequence) -> None:
+        cached = self.blocks.admit(head.request_id, head.known_tokens, self._matchable_ids(head))
+        self._uncomputed -= cached
+        head.computed += cached
+        if head.is_decode:
+            self._uncomputed -= head.known_tokens - head.computed
+            self._rows.join(head)
+        else:
+            head.phase = "prefill"
+            insort(self._prefilling, head, key=lambda sequence: sequence.order)
+
+    def _matchable_ids(self, head: Sequence) -> TokenIds | None:
+        return head.token_ids if head.computed == 0 else None  # handed-over KV is complete already
+
+    def _complete_prefill(self, plan: StepPlan, stops: set[int]) -> list[Sequence]:
+        left = []
+        for chunk in plan.prefill:
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is None or sequence.phase != "prefill" or sequence.computed != chunk.start:
+                continue  # cancelled while the step ran
+            sequence.computed += chunk.tokens
+            self._uncomputed -= chunk.tokens
+            if sequence.token_ids is not None:
+                self.blocks.commit(chunk.request_id, sequence.token_ids[:sequence.computed])
+            if not chunk.is_last:
+                continue
+            self._prefilling.remove(sequence)
+            sequence.generated += 1
+            if sequence.generated == sequence.max_new_tokens or chunk.request_id in stops:
+                left.append(sequence)
+            else:
+                self._rows.join(sequence)
+        return left
+
+    # Coming and going.
+
+    def _push(self, sequence: Sequence) -> None:
+        sequence.phase = "waiting"
+        heappush(self._queue, (sequence.order, sequence))
+
+    def _end(self, sequence: Sequence, hold: bool) -> None:
+        if hold:
+            sequence.phase = "held"
+            self._num_held += 1
+            return
+        sequence.phase = "left"
+        del self._sequences[sequence.request_id]
+        self.blocks.free(sequence.request_id)
+
+    def _check(self, request_id: int, prompt: int, max_new: int, computed: int, generated: int) -> None:
+        limits = self.limits
+        problems = [Problem(message, field=field, expected=expected) for bad, field, message, expected in (
+            (request_id in self._sequences, "request_id", f"{request_id} is already here", "a new id"),
+            (prompt < 1, "prompt_tokens", f"is {prompt}", "at least 1"),
+            (max_new < 1, "max_new_tokens", f"is {max_new}", "at least 1"),
+            (not 0 <= generated < max(max_new, 1), "generated_tokens", f"is {generated}", f"0..{max_new - 1}"),
+            (not 0 <= computed < max(prompt + generated, 1), "computed_tokens", f"is {computed}",
+             f"0..{prompt + generated - 1}"),
+            (limits.max_context_tokens is not None and prompt + max_new > limits.max_context_tokens, "max_new_tokens",
+             f"prompt {prompt} + output {max_new} tokens exceed the context",
+             f"at most {limits.max_context_tokens} together"),
+            (self.blocks.blocks_for(prompt + max_new - 1) > self.blocks.num_blocks, "max_new_tokens",
+             f"prompt {prompt} + output {max_new} tokens exceed the KV cache",
+             f"at most {self.blocks.num_blocks * self.blocks.block_tokens + 1} together"),
+            (limits.chunk_tokens is None and not generated and prompt - computed > limits.max_batch_tokens,
+             "prompt_tokens", f"{prompt} tokens exceed a step and chunked prefill is off",
+             f"at most max_batch_tokens = {limits.max_batch_tokens}"),
+        ) if bad]
+        if problems:
+            raise SpecError(problems)
