@@ -75,8 +75,8 @@ def read_run(path: Path) -> RunDir:
     """Read a run directory and its subfolders' runs. Raises SpecError when it holds none or a file is damaged."""
     if not path.is_dir():
         raise SpecError("is not a run directory", file=path, hint="`eptwin simulate ... --out DIR` makes one")
-    found = _read_one(path)
-    parts = {sub.name: part for sub in sorted(path.iterdir()) if sub.is_dir() and (part := _read_one(sub)) is not None}
+    found = read_one(path)
+    parts = {sub.name: part for sub in sorted(path.iterdir()) if sub.is_dir() and (part := read_one(sub)) is not None}
     if found is None and not parts:
         raise SpecError("holds no results", file=path, expected="results.json, search.json or plan.json")
     found = found or RunDir(path)
@@ -85,7 +85,8 @@ def read_run(path: Path) -> RunDir:
     )
 
 
-def _read_one(path: Path) -> RunDir | None:
+def read_one(path: Path) -> RunDir | None:
+    """The files of this folder alone; None when it holds none of a run's. Raises SpecError for a damaged file."""
     names = ("scenario.yaml", "plan.json", "results.json", "comparison.json", "search.json", "requests.jsonl", "trace.json")
     if not any((path / name).is_file() for name in names):
         return None
