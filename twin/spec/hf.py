@@ -165,58 +165,37 @@ def _first_dense(config: Config, dense: int) -> tuple[Any, ...]:
     return tuple("dense" if i < dense else "moe" for i in range(config["num_hidden_layers"]))
 
 
-def _deepseek(config: Config, name: str) -> ModelSpec:
-    """deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2, glm_moe_dsa: MLA, shared experts, first layers dense."""
-    sigmoid = config.get("scoring_func", "sigmoid" if config["model_type"] != "deepseek_v2" else "softmax") == "sigmoid"
-    grouped = config.get("topk_method", "noaux_tc") in ("noaux_tc", "group_limited_greedy")
-    moe = MoE(
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        intermediate=config["moe_intermediate_size"],
-        shared_experts=config.get("n_shared_experts") or 0,
-        shared_intermediate=(config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
+def _shared_expert_moe(config: Config, *, sigmoid: bool, grouped: bool) -> MoE:
+    """Experts of the DeepSeek and GLM families: shared ones beside the routed, chosen within groups."""
+    shared = config.get("n_shared_experts") or 0
+    return MoE(
+        experts=config["n_routed_experts"], top_k=config["num_experts_per_tok"], intermediate=config["moe_intermediate_size"],
+        shared_experts=shared, shared_intermediate=shared * config["moe_intermediate_size"],
         groups=(config.get("n_group") or 1) if grouped else 1,
         top_k_groups=(config.get("topk_group") or 1) if grouped else 1,
-        scoring="sigmoid" if sigmoid else "softmax",
-        score_bias=sigmoid,
-        norm_top_k=bool(config.get("norm_topk_prob", sigmoid)),
+        scoring="sigmoid" if sigmoid else "softmax", score_bias=sigmoid, norm_top_k=bool(config.get("norm_topk_prob", sigmoid)),
         routed_scaling=float(config.get("routed_scaling_factor", 1.0)),
-    )
+    )  # fmt: skip
+
+
+def _first_layers_dense(config: Config, name: str, attention: Attention, moe: MoE) -> ModelSpec:
     return ModelSpec(
-        **_common(config, name),
-        layer_attention=_full(config),
+        **_common(config, name), layer_attention=_full(config), attention=attention, moe=moe,
         layer_ffn=_first_dense(config, config.get("first_k_dense_replace", 0)),
-        attention=_mla(config),
-        dense_intermediate=config.get("intermediate_size") or 0,
-        moe=moe,
-        mtp_layers=config.get("num_nextn_predict_layers") or 0,
-    )
+        dense_intermediate=config.get("intermediate_size") or 0, mtp_layers=config.get("num_nextn_predict_layers") or 0,
+    )  # fmt: skip
+
+
+def _deepseek(config: Config, name: str) -> ModelSpec:
+    """deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2, glm_moe_dsa: MLA, shared experts, first layers dense."""
+    sigmoid = config.get("scoring_func", "softmax" if config["model_type"] == "deepseek_v2" else "sigmoid") == "sigmoid"
+    grouped = config.get("topk_method", "noaux_tc") in ("noaux_tc", "group_limited_greedy")
+    return _first_layers_dense(config, name, _mla(config), _shared_expert_moe(config, sigmoid=sigmoid, grouped=grouped))
 
 
 def _glm4_moe(config: Config, name: str) -> ModelSpec:
-    moe = MoE(
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        intermediate=config["moe_intermediate_size"],
-        shared_experts=config.get("n_shared_experts") or 0,
-        shared_intermediate=(config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
-        groups=config.get("n_group") or 1,
-        top_k_groups=config.get("topk_group") or 1,
-        scoring="sigmoid",
-        score_bias=True,
-        norm_top_k=bool(config.get("norm_topk_prob", True)),
-        routed_scaling=float(config.get("routed_scaling_factor", 1.0)),
-    )
     attention = _gqa(config, qk_norm=bool(config.get("use_qk_norm", False)), qkv_bias=bool(config.get("attention_bias", False)))
-    return ModelSpec(
-        **_common(config, name),
-        layer_attention=_full(config),
-        layer_ffn=_first_dense(config, config.get("first_k_dense_replace", 0)),
-        attention=attention,
-        dense_intermediate=config.get("intermediate_size") or 0,
-        moe=moe,
-        mtp_layers=config.get("num_nextn_predict_layers") or 0,
-    )
+    return _first_layers_dense(config, name, attention, _shared_expert_moe(config, sigmoid=True, grouped=True))
 
 
 def _qwen_ffn(config: Config) -> tuple[Any, ...]:
