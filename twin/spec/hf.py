@@ -198,6 +198,12 @@ def _glm4_moe(config: Config, name: str) -> ModelSpec:
     return _first_layers_dense(config, name, attention, _shared_expert_moe(config, sigmoid=True, grouped=True))
 
 
+def _count_experts(config: Config) -> int:
+    """`num_experts`, which transformers 5 writes as `num_local_experts`."""
+    return int(config["num_local_experts"] if "num_experts" not in config and "num_local_experts" in config
+               else config["num_experts"])
+
+
 def _qwen_ffn(config: Config) -> tuple[Any, ...]:
     only_dense, every = set(config.get("mlp_only_layers") or ()), config.get("decoder_sparse_step") or 1
     return tuple("dense" if i in only_dense or (i + 1) % every else "moe" for i in range(config["num_hidden_layers"]))
@@ -205,7 +211,7 @@ def _qwen_ffn(config: Config) -> tuple[Any, ...]:
 
 def _qwen3_moe(config: Config, name: str) -> ModelSpec:
     moe = MoE(
-        experts=config["num_experts"],
+        experts=_count_experts(config),
         top_k=config["num_experts_per_tok"],
         intermediate=config["moe_intermediate_size"],
         norm_top_k=bool(config.get("norm_topk_prob", False)),
@@ -236,7 +242,7 @@ def _qwen3_hybrid(config: Config, name: str) -> ModelSpec:
     )
     shared = config.get("shared_expert_intermediate_size") or 0
     moe = MoE(
-        experts=config["num_experts"],
+        experts=_count_experts(config),
         top_k=config["num_experts_per_tok"],
         intermediate=config["moe_intermediate_size"],
         shared_experts=int(shared > 0),
