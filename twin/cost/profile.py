@@ -1,0 +1,217 @@
+"""Engine profiles: measured seconds of operators on one (GPU, engine, version), as one JSON file.
+
+A table holds sheets. A sheet is one shape that was measured (say 64 query heads over 8 KV heads), given by the numbers
+under `shape`; within it, seconds lie on the grid that `axes` spans, in C order, null where nothing was measured.
+Sheets are scattered, axes are a grid: that is how benchmarks are run, and it keeps the files small.
+
+The file is written by `dump_profile`: sorted, three significant digits, the same bytes for the same tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError, model_validator
+
+from twin.cost.work import NO_WINDOW, OPERATORS, Attrs, Values, work_of
+from twin.spec.base import Spec
+from twin.spec.cluster import GpuSpec, NetworkSpec
+from twin.spec.errors import Problem, SpecError
+
+MAX_FILE_BYTES = 64 << 20
+Array = npt.NDArray[np.float64]
+Positive = Annotated[float, Field(gt=0, le=1e20)]
+
+
+class GpuPeaks(Spec):
+    """The rates that rooflines are drawn with: dense tensor-core flops, HBM, NVLink and NIC per GPU and direction."""
+
+    bf16_flop_per_s: Positive
+    fp8_flop_per_s: Positive | None = None
+    fp4_flop_per_s: Positive | None = None
+    hbm_bytes_per_s: Positive
+    nvlink_bytes_per_s: Positive
+    nic_bytes_per_s: Positive
+
+    @classmethod
+    def of(cls, gpu: GpuSpec, network: NetworkSpec) -> GpuPeaks:
+        """The peaks of a GPU in a cluster; without NICs, NVLink's rate stands in (nothing crosses it)."""
+        return cls(bf16_flop_per_s=gpu.bf16_flop_per_s, fp8_flop_per_s=gpu.fp8_flop_per_s,
+                   fp4_flop_per_s=gpu.fp4_flop_per_s, hbm_bytes_per_s=gpu.hbm_bytes_per_s,
+                   nvlink_bytes_per_s=network.nvlink_bytes_per_s,
+                   nic_bytes_per_s=network.nic_bytes_per_s or network.nvlink_bytes_per_s)
+
+    def flop_per_s(self, rate: str) -> float:
+        """Peak of a format; a GPU without it computes in the next wider one that it has."""
+        narrow = {"fp4": (self.fp4_flop_per_s, self.fp8_flop_per_s), "fp8": (self.fp8_flop_per_s,)}.get(rate, ())
+        return next((peak for peak in narrow if peak is not None), self.bf16_flop_per_s)
+
+    def roofline_s(self, operator: str, values: Values, attrs: Attrs) -> Array:
+        """The least seconds one call can take here: the largest of its compute, HBM, NVLink and NIC times."""
+        work = work_of(operator, values, attrs)
+        compute_s = np.maximum(work.flops / self.flop_per_s(work.rate), work.hbm_bytes / self.hbm_bytes_per_s)
+        wire_s = np.maximum(work.link_bytes / self.nvlink_bytes_per_s, work.nic_bytes / self.nic_bytes_per_s)
+        return np.asarray(np.maximum(compute_s, wire_s), dtype=float)
+
+
+class Table(Spec):
+    """Measured seconds of one operator under fixed attributes.
+
+    `spread` is the half width of an 80% interval, as a fraction of the seconds, for a point between grid points
+    (from leaving points out); null when it was not studied. `source` says where the points came from.
+    """
+
+    operator: str
+    attrs: dict[str, str] = {}
+    shape: tuple[str, ...] = ()
+    sheets: tuple[tuple[float, ...], ...] = ((),)
+    axes: dict[str, tuple[Annotated[float, Field(ge=0)], ...]]
+    seconds: tuple[tuple[Annotated[float, Field(gt=0, lt=1e5)] | None, ...], ...]
+    spread: Annotated[float, Field(ge=0, le=10)] | None = None
+    source: str = "measured"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Table:
+        if self.operator not in OPERATORS:
+            raise ValueError(f"operator {self.operator[:40]!r} is not one of {', '.join(OPERATORS)}")
+        size = math.prod(len(levels) for levels in self.axes.values())
+        if not self.axes or size == 0:
+            raise ValueError("a table needs at least one axis with levels")
+        if any(list(levels) != sorted(set(levels)) for levels in self.axes.values()):
+            raise ValueError("axis levels must rise strictly")
+        if len(self.seconds) != len(self.sheets):
+            raise ValueError(f"{len(self.sheets)} sheets but {len(self.seconds)} rows of seconds")
+        if len(set(self.sheets)) != len(self.sheets):
+            raise ValueError("two sheets have the same shape")
+        if any(len(sheet) != len(self.shape) for sheet in self.sheets):
+            raise ValueError("every sheet needs one number for each name in `shape`")
+        if any(len(row) != size for row in self.seconds):
+            raise ValueError(f"every sheet needs {size} seconds, one for each grid point (null where not measured)")
+        if any(all(s is None for s in row) for row in self.seconds):
+            raise ValueError("a sheet without any measured point")
+        return self
+
+    def grid(self, sheet: int) -> Array:
+        """Seconds of one sheet, shaped as the axes are; nan where nothing was measured."""
+        row = np.array([math.nan if s is None else s for s in self.seconds[sheet]])
+        return row.reshape([len(levels) for levels in self.axes.values()])
+
+    def values(self, sheet: int) -> dict[str, Array]:
+        """The coordinates of every grid point of a sheet, broadcastable to `grid(sheet)`."""
+        mesh = np.meshgrid(*(np.array(levels) for levels in self.axes.values()), indexing="ij", sparse=True)
+        shape = {name: np.asarray(number) for name, number in zip(self.shape, self.sheets[sheet], strict=True)}
+        return {**shape, **dict(zip(self.axes, mesh, strict=True))}
+
+    @property
+    def n_points(self) -> int:
+        return sum(s is not None for row in self.seconds for s in row)
+
+
+class Source(Spec):
+    """Where tables come from: a name and version, its licence, and who is to be credited."""
+
+    name: str
+    version: str = ""
+    license: str = ""
+    attribution: str = ""
+
+
+class Profile(Spec):
+    """The measured tables of one engine version on one GPU kind, and the peaks their rooflines are drawn with."""
+
+    format: Literal["eptwin-profile-1"] = "eptwin-profile-1"
+    gpu: str
+    engine: str
+    engine_version: str
+    peaks: GpuPeaks
+    sources: tuple[Source, ...]
+    provenance: dict[str, str] = {}
+    tables: tuple[Table, ...]
+
+    @property
+    def id(self) -> str:
+        return f"{self.gpu}/{self.engine}/{self.engine_version}"
+
+
+@dataclass(frozen=True)
+class ProfileStore:
+    """Profiles to look points up in; the order is that of their ids, so that ties break the same everywhere."""
+
+    profiles: tuple[Profile, ...]
+
+    def __iter__(self) -> Iterator[Profile]:
+        return iter(self.profiles)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read one profile file. Raises SpecError naming the field where the file is not one."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SpecError("too large for a profile", file=path, expected=f"at most {MAX_FILE_BYTES} bytes")
+        return Profile.model_validate_json(path.read_bytes())
+    except OSError as err:
+        raise SpecError(f"cannot read: {err.strerror}", file=path) from None
+    except ValidationError as err:
+        problems = [Problem(e["msg"], field=".".join(map(str, e["loc"]))) for e in err.errors(include_url=False)]
+        raise SpecError(problems, file=path) from None
+
+
+def load_store(folder: Path | None = None) -> ProfileStore:
+    """All profiles of a folder; without one, those that ship with the package."""
+    folder = folder or Path(__file__).parent / "profiles"
+    paths = sorted(p for p in folder.glob("*.json") if p.name != "efficiency.json")
+    return ProfileStore(tuple(sorted((load_profile(p) for p in paths), key=lambda p: p.id)))
+
+
+def dump_profile(profile: Profile, path: Path) -> None:
+    """Write a profile whole, deterministically, three significant digits a point."""
+    head = profile.model_dump(mode="json", exclude={"tables"})
+    tables = sorted(profile.tables, key=lambda t: (t.operator, sorted(t.attrs.items())))
+    lines = ",\n".join(_table_json(table) for table in tables)
+    text = json.dumps(head, sort_keys=True, indent=1)[:-2] + f',\n "tables": [\n{lines}\n]}}\n'
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _table_json(table: Table) -> str:
+    head = table.model_dump(mode="json", exclude={"seconds", "axes", "sheets"})
+    head["axes"] = {name: [_short(x) for x in levels] for name, levels in table.axes.items()}
+    head["sheets"] = [[_short(x) for x in sheet] for sheet in table.sheets]
+    rows = ",".join("[" + ",".join(_seconds_json(s) for s in row) + "]" for row in table.seconds)
+    # `axes` keeps its order (that of the grid), everything else is sorted by hand above or has one key order.
+    return json.dumps(head, separators=(",", ":"))[:-1] + f',"seconds":[{rows}]}}'
+
+
+def _short(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else x
+
+
+def _seconds_json(seconds: float | None) -> str:
+    """1.2345e-05 as 123e-7: three digits, the shortest JSON number."""
+    if seconds is None:
+        return "null"
+    digits, exponent = f"{seconds:.2e}".split("e")
+    mantissa, power = int(digits.replace(".", "")), int(exponent) - 2
+    while mantissa % 10 == 0:
+        mantissa, power = mantissa // 10, power + 1
+    return f"{mantissa}e{power}"
+
+
+def normal_window(window: float) -> float:
+    """How tables write a window: NO_WINDOW where attention sees everything."""
+    return float(window) if 0 < window < NO_WINDOW else float(NO_WINDOW)
+
+
+def gpu_key(name: str) -> str:
+    """The kind of GPU that a name means: "NVIDIA H200", "h200-sxm" and "H200-SXM-141GB" are all "h200"."""
+    found = re.search(r"(gb|[abh])\d{2,3}", name.lower())
+    return found.group(0) if found else name.lower()
