@@ -200,8 +200,9 @@ def _glm4_moe(config: Config, name: str) -> ModelSpec:
 
 def _count_experts(config: Config) -> int:
     """`num_experts`, which transformers 5 writes as `num_local_experts`."""
-    return int(config["num_local_experts"] if "num_experts" not in config and "num_local_experts" in config
-               else config["num_experts"])
+    return int(
+        config["num_local_experts"] if "num_experts" not in config and "num_local_experts" in config else config["num_experts"]
+    )
 
 
 def _qwen_ffn(config: Config) -> tuple[Any, ...]:

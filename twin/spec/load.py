@@ -39,7 +39,10 @@ def load_scenario(source: str | Path, overrides: Sequence[str] = ()) -> Scenario
     if isinstance(data.get("workload"), dict):
         data["workload"] = _with_files(data["workload"], ("arrivals", "file"), base)
     data = _with_files(data, ("routing", "file"), base)
-    return validate(Scenario, data, document)
+    if isinstance(data.get("model"), ModelSpec):
+        for key in ("plan", "search"):
+            data[key] = _with_native_precision(data.get(key), data["model"]) if key in data or key == "search" else None
+    return validate(Scenario, {key: value for key, value in data.items() if value is not None}, document)
 
 
 def load_model(source: str | Path) -> ModelSpec:
@@ -52,8 +55,11 @@ def load_cluster(source: str | Path) -> ClusterSpec:
     return _cluster(str(source), Document({}, {}, ""), Path())
 
 
-def load_plan(source: str | Path) -> Plan:
-    """A plan.json or plan.yaml, or the plan that a scenario states."""
+def load_plan(source: str | Path, model: ModelSpec | None = None) -> Plan:
+    """A plan.json or plan.yaml, or the plan that a scenario states.
+
+    A plan that states no precision takes the checkpoint's own when the `model` is known.
+    """
     document = _document(source, "scenarios", "plan")
     if isinstance(document.data, dict) and "pools" not in document.data and "cluster" in document.data:
         plan = load_scenario(source).plan
@@ -65,7 +71,18 @@ def load_plan(source: str | Path) -> Plan:
                 hint="`eptwin plan` finds one and writes plan.json",
             )
         return plan
-    return validate(Plan, document.data, document)
+    data = document.data if model is None else _with_native_precision(document.data, model)
+    return validate(Plan, data, document)
+
+
+def _with_native_precision(data: Any, model: ModelSpec) -> Any:
+    """Fill a missing `precision` with the formats that the checkpoint stores; fp8 experts take fp8 dispatch."""
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping) or "precision" in data:
+        return data
+    dispatch = "fp8" if model.expert_dtype in ("fp8", "fp8_block", "fp4") else "bf16"
+    return {**data, "precision": {"weights": model.weight_dtype, "experts": model.expert_dtype, "dispatch": dispatch}}
 
 
 def load_workload(source: str | Path) -> WorkloadSpec:

@@ -1,0 +1,209 @@
+"""What a plan could do at best, in closed form: prunes the search before anything is simulated.
+
+The bound is a steady state without queueing, bursts or length variance. Per rank, `b` sequences decode together;
+in a mixed pool each step also computes the prompt tokens that arrive meanwhile, b x ISL / OSL of them, so that one
+step takes t(b) and a rank completes b / (OSL t) requests a second. A prefill pool completes a full batch of prompt
+tokens a step. Waiting only makes it worse, so no simulated plan may beat its bound by more than sampling noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from twin.cost.batch import StepBatch
+from twin.cost.model import CostModel
+from twin.policy.arrivals import sample_requests
+from twin.spec.errors import Infeasible
+from twin.spec.plan import Plan, PoolPlan
+from twin.spec.results import Memory
+from twin.spec.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Bound:
+    """At best: `requests_per_s` for the whole plan within the objectives, limited by `constraint`."""
+
+    requests_per_s: float
+    tok_per_s_per_gpu: float
+    tpot_s: float
+    ttft_s: float
+    constraint: str
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+
+class Bounds:
+    """Bounds of a scenario's plans, sharing cost models and per-pool results between plans."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.isl, self.osl = mean_lengths(scenario)
+        self._models: dict[PoolPlan, CostModel] = {}
+        self._memory: dict[PoolPlan, Memory | Infeasible] = {}
+        self._capacity: dict[PoolPlan, tuple[float, float, float, str]] = {}
+
+    def cost_model(self, plan: Plan, pool: PoolPlan) -> CostModel:
+        """One cost model for each different pool; how many instances there are does not change its steps."""
+        key = pool.model_copy(update={"instances": 1})
+        if key not in self._models:
+            scenario = self.scenario
+            self._models[key] = CostModel(
+                scenario.model,
+                scenario.cluster,
+                plan,
+                key,
+                routing=scenario.routing,
+                profile=scenario.profile,
+                seed=scenario.seed,
+            )
+        return self._models[key]
+
+    def memory(self, plan: Plan, pool: PoolPlan) -> Memory:
+        """Bytes on the fullest rank. Raises Infeasible when they do not fit."""
+        key = pool.model_copy(update={"instances": 1})
+        if key not in self._memory:
+            try:
+                self._memory[key] = self.cost_model(plan, pool).memory()
+            except Infeasible as error:
+                self._memory[key] = error
+        found = self._memory[key]
+        if isinstance(found, Infeasible):
+            raise found
+        return found
+
+    def of(self, plan: Plan) -> Bound:
+        """The bound of a plan. Raises Infeasible when memory or an objective cannot be met even without load."""
+        memory = {pool.role: self.memory(plan, pool) for pool in plan.pools}
+        rates, tpot_s, ttft_s, constraint = [], 0.0, 0.0, ""
+        for pool in plan.pools:
+            per_instance, tpot, ttft, why = self._pool(plan, pool)
+            rates.append(per_instance * pool.instances)
+            tpot_s, ttft_s = max(tpot_s, tpot), max(ttft_s, ttft)
+            if rates[-1] <= min(rates):
+                constraint = f"{pool.role}: {why}"
+        rate = min(rates)
+        return Bound(rate, rate * self.osl / plan.gpus, tpot_s, ttft_s, constraint, memory)
+
+    def _pool(self, plan: Plan, pool: PoolPlan) -> tuple[float, float, float, str]:
+        key = pool.model_copy(update={"instances": 1})
+        if key not in self._capacity:
+            cost = self.cost_model(plan, pool)
+            if pool.role == "prefill":
+                self._capacity[key] = self._prefill(pool, cost)
+            else:
+                self._capacity[key] = self._decode(pool, cost, mixed=pool.role == "mixed")
+        return self._capacity[key]
+
+    def _prefill(self, pool: PoolPlan, cost: CostModel) -> tuple[float, float, float, str]:
+        slo = self.scenario.workload.slo
+        alone_s = self._prompt_s(pool, cost)
+        if slo.ttft_s is not None and alone_s > slo.ttft_s:
+            raise Infeasible(
+                f"a mean prompt alone takes {alone_s:.3g} s to prefill, over the TTFT objective of {slo.ttft_s:.3g} s",
+                constraint="ttft_s",
+                needed=alone_s,
+                available=slo.ttft_s,
+                unit="s",
+            )
+        tokens = float(min(pool.max_batch_tokens, max(cost.kv_blocks_per_rank * pool.block_tokens, 1)))
+        step_s = cost.step_s(batch(pool, prefill_tokens=tokens, prompt=self.isl))
+        return pool.dp * tokens / self.isl / step_s, 0.0, alone_s, f"{tokens:.0f} prompt tokens a step take {step_s * 1e3:.1f} ms"
+
+    def _prompt_s(self, pool: PoolPlan, cost: CostModel) -> float:
+        """Seconds to prefill one mean prompt in chunks on an idle instance."""
+        chunk = min(pool.chunk_tokens or pool.max_batch_tokens, pool.max_batch_tokens)
+        total, done = 0.0, 0.0
+        while done < self.isl:
+            tokens = min(float(chunk), self.isl - done)
+            total += cost.step_s(batch(pool, prefill_tokens=tokens, prompt=self.isl, past=done, ranks=1))
+            done += tokens
+        return total
+
+    def _decode(self, pool: PoolPlan, cost: CostModel, *, mixed: bool) -> tuple[float, float, float, str]:
+        slo = self.scenario.workload.slo
+        context = self.isl + self.osl / 2
+        kv_tokens = cost.kv_blocks_per_rank * pool.block_tokens
+        fits = int(kv_tokens // (self.isl + self.osl))
+        if fits < 1:
+            raise Infeasible(
+                f"the KV cache of a rank holds {kv_tokens} tokens, a request needs {self.isl + self.osl:.0f}",
+                constraint="kv_memory",
+                needed=self.isl + self.osl,
+                available=float(kv_tokens),
+                unit="tokens",
+            )
+        most = min(pool.max_num_seqs, fits)
+        ttft_s = self._prompt_s(pool, cost) if mixed else 0.0
+        best = (0.0, 0.0, ttft_s, "")
+        fastest_s = float("inf")
+        for seqs in _ladder(most):
+            prompt_tokens = seqs * self.isl / self.osl if mixed else 0.0
+            if mixed and prompt_tokens > pool.max_batch_tokens:
+                break
+            step_s = cost.step_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
+            tpot_s = step_s / cost.tokens_per_step
+            fastest_s = min(fastest_s, tpot_s)
+            if slo.tpot_s is not None and tpot_s > slo.tpot_s:
+                break
+            rate = pool.dp * seqs / (self.osl * tpot_s)
+            if rate > best[0]:
+                best = (rate, tpot_s, ttft_s, f"{seqs} sequences a rank, {step_s * 1e3:.1f} ms a step")
+        if best[0] == 0.0:
+            assert slo.tpot_s is not None
+            raise Infeasible(
+                f"one sequence a rank already takes {fastest_s * 1e3:.1f} ms a token, over the TPOT objective of "
+                f"{slo.tpot_s * 1e3:.1f} ms",
+                constraint="tpot_s",
+                needed=fastest_s,
+                available=slo.tpot_s,
+                unit="s",
+            )
+        if slo.ttft_s is not None and ttft_s > slo.ttft_s:
+            raise Infeasible(
+                f"a mean prompt alone takes {ttft_s:.3g} s to prefill, over the TTFT objective of {slo.ttft_s:.3g} s",
+                constraint="ttft_s",
+                needed=ttft_s,
+                available=slo.ttft_s,
+                unit="s",
+            )
+        return best
+
+
+def batch(
+    pool: PoolPlan,
+    *,
+    decode_seqs: float = 0,
+    context: float = 0.0,
+    prefill_tokens: float = 0.0,
+    prompt: float = 0.0,
+    past: float | None = None,
+    ranks: int | None = None,
+) -> StepBatch:
+    """Equal work on `ranks` DP ranks (all of them by default), none on the others."""
+    busy = np.zeros(pool.dp)
+    busy[: pool.dp if ranks is None else ranks] = 1.0
+    behind = prompt / 2 if past is None else past + prefill_tokens / 2
+    chunks = float(np.ceil(prefill_tokens / prompt)) if prompt and prefill_tokens else 0.0
+    return StepBatch(
+        decode_seqs=busy * decode_seqs,
+        decode_context=busy * decode_seqs * context,
+        prefill_tokens=busy * prefill_tokens,
+        prefill_context=busy * prefill_tokens * behind,
+        prefill_seqs=busy * chunks,
+    )
+
+
+def mean_lengths(scenario: Scenario) -> tuple[float, float]:
+    """Mean ISL and OSL in tokens, as sampled: clipping and traces included."""
+    sample = sample_requests(scenario.workload, scenario.seed, max_requests=20_000)
+    return float(sample.isl.mean()), float(sample.osl.mean())
+
+
+def _ladder(most: int) -> list[int]:
+    """Batch sizes to try, about 12% apart, always with the largest."""
+    sizes, size = [], 1.0
+    while size < most:
+        sizes.append(int(size))
+        size = max(size + 1, size * 1.12)
+    return sorted({*sizes, most})

@@ -1,0 +1,292 @@
+"""Search: enumerate, prune by bounds, simulate the survivors under the offered load, find what each could carry."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from twin.plan.bounds import Bound, Bounds
+from twin.plan.evaluate import Evaluation, Job, load_unit, offered_load, run
+from twin.plan.explain import explain
+from twin.plan.pareto import front
+from twin.plan.space import enumerate_plans
+from twin.spec.errors import Infeasible
+from twin.spec.plan import Plan
+from twin.spec.provenance import provenance
+from twin.spec.results import Candidate, SearchResult
+from twin.spec.scenario import Scenario
+
+Progress = Callable[[str, int, int], None]
+CAPACITY_ROUNDS = 3
+WAVE = 8
+"""Simulations per wave. Fixed, so that the answer does not depend on how many processes work on it."""
+
+
+@dataclass
+class Entry:
+    """A plan on its way through the search."""
+
+    plan: Plan
+    bound: Bound
+    offered: Evaluation | None = None
+    points: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> Evaluation | None:
+        """The highest simulated load that met the objectives."""
+        good = [point for point in self.points if point.ok]
+        return max(good, key=lambda point: point.load) if good else None
+
+
+def search(
+    scenario: Scenario,
+    *,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    max_requests: int | None = 400,
+    command: str = "",
+) -> SearchResult:
+    """Find the plan that carries the most load per GPU within the objectives.
+
+    Deterministic whatever `executor` runs the simulations (None: this process). Raises Infeasible, with the constraint
+    that binds, when no plan serves the offered load.
+    """
+    say = progress or (lambda *_: None)
+    bounds = Bounds(scenario)
+    pruned: Counter[str] = Counter()
+    failures: list[Infeasible] = []
+    entries, considered = _bounded(scenario, bounds, pruned, failures, say)
+    if not entries:
+        raise _nothing_fits(scenario, pruned, failures)
+    offered = offered_load(scenario.workload)
+    chosen = _shortlist(entries, scenario.search.simulate_top)
+    pruned["bound"] += len(entries) - len(chosen)
+    _simulate(scenario, [(entry, offered) for entry in chosen], executor, max_requests, say, "simulate")
+    for entry in chosen:
+        entry.offered = entry.points[0]
+    if scenario.workload.arrivals.kind != "burst":
+        _find_capacity(scenario, chosen, offered, executor, max_requests, say)
+    ranked = sorted(chosen, key=_merit)
+    best = ranked[0]
+    if best.offered is None or not best.offered.ok:
+        raise _offered_too_much(scenario, ranked)
+    candidates = _candidates(ranked, offered)
+    return SearchResult(
+        name=scenario.name, model=scenario.model.name, cluster=scenario.cluster.name, considered=considered,
+        pruned=dict(sorted(pruned.items())), candidates=candidates, best=candidates[0],
+        explanation=tuple(explain(scenario, ranked, candidates, bounds, load_unit(scenario.workload))),
+        provenance=provenance(scenario, seed=scenario.seed, command=command),
+        assumptions=(f"capacity is searched with {max_requests or 'all'} requests a simulation, on common random numbers",),
+    )  # fmt: skip
+
+
+def _bounded(
+    scenario: Scenario, bounds: Bounds, pruned: Counter[str], failures: list[Infeasible], say: Progress
+) -> tuple[list[Entry], int]:
+    """Every legal plan with its bound; the rest are counted by why they fell."""
+    entries: list[Entry] = []
+    considered = 0
+    for plan in enumerate_plans(scenario):
+        considered += 1
+        if considered % 200 == 0:
+            say("bound", considered, 0)
+        if isinstance(plan, str):
+            pruned["illegal"] += 1
+            continue
+        try:
+            entries.append(Entry(plan, bounds.of(plan)))
+        except Infeasible as error:
+            pruned[error.constraint] += 1
+            failures.append(error)
+    say("bound", considered, considered)
+    return entries, considered
+
+
+def _shortlist(entries: list[Entry], count: int) -> list[Entry]:
+    """The best bounds, at most a quarter of them alike in shape, and the best of each mode always among them."""
+    ordered = sorted(entries, key=lambda e: (-e.bound.tok_per_s_per_gpu, e.plan.gpus, e.plan.name))
+    chosen: list[Entry] = []
+    per_shape: Counter[tuple[object, ...]] = Counter()
+    for separated in (False, True):
+        chosen += [e for e in ordered if e.plan.separated is separated][: max(1, count // 8)]
+    for entry in chosen:
+        per_shape[_shape_of(entry.plan)] += 1
+    for entry in ordered:
+        if len(chosen) >= count:
+            break
+        if entry not in chosen and per_shape[_shape_of(entry.plan)] < max(1, count // 6):
+            per_shape[_shape_of(entry.plan)] += 1
+            chosen.append(entry)
+    return chosen[:count]
+
+
+def _shape_of(plan: Plan) -> tuple[object, ...]:
+    return tuple((pool.role, pool.instances, pool.tp, pool.dp, pool.ep) for pool in plan.pools)
+
+
+def _simulate(
+    scenario: Scenario,
+    work: Sequence[tuple[Entry, float]],
+    executor: Executor | None,
+    max_requests: int | None,
+    say: Progress,
+    stage: str,
+) -> None:
+    """Run simulations in waves and add each evaluation to its entry, in order."""
+    text = scenario.model_copy(update={"plan": None}).model_dump_json()
+    done = 0
+    for start in range(0, len(work), WAVE):
+        wave = work[start : start + WAVE]
+        jobs = [Job(text, entry.plan.model_dump_json(), load, max_requests) for entry, load in wave]
+        results: Iterable[Evaluation] = executor.map(run, jobs) if executor is not None else map(run, jobs)
+        for (entry, _), evaluation in zip(wave, results, strict=True):
+            entry.points.append(evaluation)
+            done += 1
+            say(stage, done, len(work))
+
+
+def _find_capacity(
+    scenario: Scenario, entries: list[Entry], offered: float, executor: Executor | None, max_requests: int | None, say: Progress
+) -> None:
+    """Narrow each plan's capacity: the highest load within the objectives, between what worked and what did not.
+
+    The bound caps the first try; a plan that fails the offered load is tried below it. Halving the gap each round
+    leaves at most 1/2**rounds of it unknown.
+    """
+    low = {id(e): (offered if e.points[0].ok else 0.0) for e in entries}
+    high = {id(e): (_bound_load(scenario, e, offered) if e.points[0].ok else offered) for e in entries}
+    for turn in range(CAPACITY_ROUNDS):
+        work = [
+            (e, _between(scenario, low[id(e)], high[id(e)]))
+            for e in entries
+            if high[id(e)] > low[id(e)] * 1.03 and _between(scenario, low[id(e)], high[id(e)]) > low[id(e)]
+        ]
+        _simulate(scenario, work, executor, max_requests, say, f"capacity {turn + 1}/{CAPACITY_ROUNDS}")
+        for entry, load in work:
+            (low if entry.points[-1].ok else high)[id(entry)] = load
+
+
+def _between(scenario: Scenario, low: float, high: float) -> float:
+    middle = (low + high) / 2
+    return float(round(middle)) if scenario.workload.arrivals.kind == "closed_loop" else middle
+
+
+def _bound_load(scenario: Scenario, entry: Entry, offered: float) -> float:
+    """The load at which the bound says the plan is full, in the workload's own unit."""
+    kind = scenario.workload.arrivals.kind
+    if kind == "closed_loop":
+        return max(offered, sum(p.instances * p.dp * p.max_num_seqs for p in entry.plan.pools_of("decode", "mixed")))
+    if kind in ("poisson", "deterministic"):
+        return max(offered, entry.bound.requests_per_s)
+    measured = entry.points[0].metrics.get("requests_per_s", 0.0)
+    return offered * max(1.0, entry.bound.requests_per_s / measured) if measured else offered
+
+
+def _merit(entry: Entry) -> tuple[object, ...]:
+    """Sort key: serves the offered load; then capacity per GPU; then cheaper, smaller, by name."""
+    capacity = entry.capacity
+    assert entry.offered is not None
+    per_gpu = capacity.metrics["tok_per_s_per_gpu"] if capacity else 0.0
+    return (
+        not entry.offered.ok,
+        -round(per_gpu, 9),
+        entry.plan.gpus,
+        entry.offered.metrics.get("ttft_s_p99", 0.0),
+        entry.plan.name,
+    )
+
+
+def _candidates(ranked: list[Entry], offered: float) -> tuple[Candidate, ...]:
+    points = [(e.capacity.metrics if e.capacity else {}) for e in ranked]
+    on_front = front([(p.get("tok_per_s_per_user", 0.0), p.get("tok_per_s_per_gpu", 0.0)) for p in points])
+    candidates = []
+    for rank, (entry, point) in enumerate(zip(ranked, points, strict=True)):
+        assert entry.offered is not None
+        metrics = dict(entry.offered.metrics)
+        metrics |= {"offered_load": offered, "bound_requests_per_s": entry.bound.requests_per_s}
+        if entry.capacity is not None:
+            metrics |= {f"capacity_{k}": v for k, v in point.items()} | {"capacity_load": entry.capacity.load}
+        candidates.append(
+            Candidate(plan=entry.plan, stage="simulated", reason=entry.offered.reason, feasible=entry.offered.ok,
+                      bound_tok_per_s_per_gpu=entry.bound.tok_per_s_per_gpu, metrics=dict(sorted(metrics.items())),
+                      pareto=bool(point) and rank in on_front, rank=rank + 1)
+        )  # fmt: skip
+    return tuple(candidates)
+
+
+def _nothing_fits(scenario: Scenario, pruned: Counter[str], failures: list[Infeasible]) -> Infeasible:
+    """No plan passed the bounds: say which constraint stopped the plan that came closest."""
+    if not failures:
+        return Infeasible(f"no legal plan for {scenario.cluster.gpus} GPUs among the sizes searched", constraint="search space")
+    closest = min(failures, key=lambda f: (f.needed or 0) / f.available if f.available else float("inf"))
+    counts = ", ".join(f"{n} by {why}" for why, n in sorted(pruned.items()))
+    return Infeasible(
+        f"no plan fits: {closest} ({counts})",
+        constraint=closest.constraint,
+        needed=closest.needed,
+        available=closest.available,
+        unit=closest.unit,
+    )
+
+
+def _offered_too_much(scenario: Scenario, ranked: list[Entry]) -> Infeasible:
+    offered, unit = offered_load(scenario.workload), load_unit(scenario.workload)
+    carried = [e for e in ranked if e.capacity is not None]
+    best = max(carried, key=lambda e: e.capacity.load if e.capacity else 0.0) if carried else ranked[0]
+    able = best.capacity.load if best.capacity else 0.0
+    why = best.offered.reason if best.offered else ""
+    return Infeasible(
+        f"no plan serves {offered:g} {unit} within the objectives; the closest, {best.plan.name}, carries {able:.4g} {unit} "
+        f"and at {offered:g}: {why} (its limit: {best.bound.constraint})",
+        constraint="load",
+        needed=offered,
+        available=able,
+        unit=unit,
+    )
+
+
+def fewest_gpus(
+    scenario: Scenario,
+    *,
+    node_counts: Sequence[int],
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    max_requests: int | None = 400,
+) -> tuple[int, SearchResult]:
+    """The smallest number of nodes (of the first group) that serves the offered load, and its search.
+
+    Raises the largest cluster's Infeasible when none does. More nodes never serve less, so the counts are bisected.
+    """
+    counts = sorted(set(node_counts))
+    answers: dict[int, SearchResult | Infeasible] = {}
+
+    def ask(nodes: int) -> SearchResult | Infeasible:
+        if nodes not in answers:
+            group = scenario.cluster.groups[0].model_copy(update={"nodes": nodes})
+            cluster = scenario.cluster.model_copy(update={"groups": (group, *scenario.cluster.groups[1:])})
+            try:
+                answers[nodes] = search(
+                    scenario.model_copy(update={"cluster": cluster}),
+                    executor=executor,
+                    progress=progress,
+                    max_requests=max_requests,
+                )
+            except Infeasible as error:
+                answers[nodes] = error
+        return answers[nodes]
+
+    low, high = 0, len(counts) - 1
+    last = ask(counts[high])
+    if isinstance(last, Infeasible):
+        raise last
+    while low < high:
+        middle = (low + high) // 2
+        if isinstance(ask(counts[middle]), Infeasible):
+            low = middle + 1
+        else:
+            high = middle
+    found = ask(counts[high])
+    assert isinstance(found, SearchResult)
+    return counts[high], found
