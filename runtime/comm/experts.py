@@ -1,0 +1,148 @@
+"""Dispatch and combine: tokens go to the ranks that hold their experts, weighted sums come back.
+
+One interface, three backends that need only torch.distributed. Every rank brings tokens that no other rank brings.
+`dispatch` gives rows to compute with their local slots (-1: not here); `combine` takes one partial sum a row and returns
+each token's total. Rows may be padding (all slots -1), so a backend with fixed buffers fits the same interface.
+
+Legend: T own tokens, N received rows, H hidden, K choices, R ranks of the instance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from runtime.comm.group import Group
+from runtime.layout import RankLayout
+from twin.spec.errors import SpecError
+from twin.spec.plan import CommBackend
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that arrived, and what the backend needs to send their results back."""
+
+    x_NH: torch.Tensor
+    slots_NK: torch.Tensor
+    weights_NK: torch.Tensor
+    handle: Any = None
+
+
+class ExpertComm(Protocol):
+    """`sent_bytes` counts payload that left this rank for others, in both directions of its life."""
+
+    sent_bytes: int
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        """Send tokens to the ranks of their slots (numbered over the instance). `capacity` is the most tokens that any
+        rank brings to this step, the same number on every rank."""
+        ...
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        """Sum the partial results of every token, [T, H]."""
+        ...
+
+
+class Local:
+    """All experts are here: nothing moves."""
+
+    sent_bytes = 0
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        return Dispatched(x_TH, slots_TK, weights_TK)
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        return y_NH
+
+
+class AllToAll:
+    """Uneven all_to_all_single. A token travels once to each rank that holds any of its experts (with expert TP: to each
+    rank that holds a cut of one), with its slots and weights in the same message, and is fanned out there."""
+
+    def __init__(self, group: Group, at: RankLayout) -> None:
+        self.group, self.at = group, at
+        self.sent_bytes = 0
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        at = self.at
+        owner_TK = slots_TK // at.slots_per_rank
+        wanted_TE = torch.zeros(len(x_TH), at.ep, dtype=torch.bool, device=x_TH.device).scatter_(1, owner_TK, True)
+        wanted_RT = wanted_TE.repeat_interleave(at.expert_tp, 1).T
+        send = wanted_RT.sum(1)
+        receive = self.group.all_to_all(send, [1] * at.world, [1] * at.world).tolist()
+        rows = wanted_RT.nonzero()[:, 1]
+        packed = _pack(x_TH[rows], slots_TK[rows], weights_TK[rows])
+        counts = send.tolist()
+        self._count(counts, packed)
+        x, slots, weights = _unpack(self.group.all_to_all(packed, counts, receive), x_TH, slots_TK.shape[1])
+        return Dispatched(x, _localise(slots, at), weights, (rows, counts, receive, x_TH))
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        rows, counts, receive, x_TH = arrived.handle
+        self._count(receive, y_NH)
+        back = self.group.all_to_all(y_NH, receive, counts)
+        total = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        return total.index_add_(0, rows, back.float()).to(x_TH.dtype)
+
+    def _count(self, rows_to: list[int], payload: torch.Tensor) -> None:
+        away = sum(rows_to) - rows_to[self.group.index]
+        self.sent_bytes += away * payload.shape[1] * payload.element_size()
+
+
+class AllGather:
+    """Every token goes everywhere and partial sums are reduce-scattered: no counts, no uneven splits."""
+
+    def __init__(self, group: Group, at: RankLayout) -> None:
+        self.group, self.at = group, at
+        self.sent_bytes = 0
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        def padded(t: torch.Tensor, value: float) -> torch.Tensor:
+            return torch.cat([t, t.new_full((capacity - len(t), t.shape[1]), value)])
+
+        packed = _pack(padded(x_TH, 0), padded(slots_TK, -1), padded(weights_TK, 0))
+        self.sent_bytes += packed.numel() * (self.group.size - 1)
+        x, slots, weights = _unpack(self.group.all_gather(packed).flatten(0, 1), x_TH, slots_TK.shape[1])
+        return Dispatched(x, _localise(slots, self.at), weights, (len(x_TH), capacity))
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        n, capacity = arrived.handle
+        self.sent_bytes += capacity * (self.group.size - 1) * y_NH.shape[1] * y_NH.element_size()
+        return self.group.reduce_scatter(y_NH)[:n]
+
+
+def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout) -> ExpertComm:
+    """The backend a plan names. `auto` moves tokens only where experts are spread, else gathers.
+
+    Raises SpecError for a backend that this build does not have.
+    """
+    if group.size == 1:
+        return Local()
+    if backend == "auto":
+        backend = "gloo" if at.ep > 1 else "ag_rs"
+    if backend in ("gloo", "nccl"):
+        return AllToAll(group, at)
+    if backend == "ag_rs":
+        return AllGather(group, at)
+    raise SpecError(f"comm backend {backend} is not in this build", field="comm", expected="auto, gloo, nccl or ag_rs")
+
+
+def _pack(x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """One message a token: hidden row, int32 slots, fp32 weights, as bytes [N, row]."""
+    parts = (x_NH.contiguous(), slots_NK.int().contiguous(), weights_NK.float().contiguous())
+    return torch.cat([part.view(torch.uint8) for part in parts], 1)
+
+
+def _unpack(packed: torch.Tensor, like_TH: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = like_TH.shape[1] * like_TH.element_size()
+    x, slots, weights = packed.split([width, 4 * choices, 4 * choices], 1)
+    return (x.contiguous().view(like_TH.dtype), slots.contiguous().view(torch.int32).long(),
+            weights.contiguous().view(torch.float32))
+
+
+def _localise(slots_NK: torch.Tensor, at: RankLayout) -> torch.Tensor:
+    """Slots numbered from this rank's first; -1 for those of other ranks."""
+    local = slots_NK - at.ep_rank * at.slots_per_rank
+    return local.masked_fill((local < 0) | (local >= at.slots_per_rank), -1)

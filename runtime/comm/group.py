@@ -1,0 +1,88 @@
+"""A process group that knows its members; a group of one needs no network and no torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class PeerLost(RuntimeError):
+    """A collective failed because another rank died, hung or left."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk among themselves. `index` is this rank's place in `ranks`; `pg` None is a group of one."""
+
+    pg: Any
+    ranks: tuple[int, ...]
+    index: int
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the group, in place; returns x."""
+        if self.size > 1 and x.numel():
+            guarded(lambda: dist.all_reduce(x, group=self.pg))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, *x.shape]; all members give the same shape, of at least one dim."""
+        out = x[None] if self.size == 1 else x.new_empty((self.size, *x.shape))
+        if self.size == 1 or not x.numel():
+            return out
+        guarded(lambda: dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=self.pg))
+        return out
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of x [size * n, ...] over the group; this member's [n, ...]."""
+        if self.size == 1:
+            return x
+        out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        guarded(lambda: dist.reduce_scatter_tensor(out, x.contiguous(), group=self.pg))
+        return out
+
+    def all_to_all(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+        """Rows of x, `send[i]` of them to member i in order; the rows received, `receive[i]` from member i."""
+        if self.size == 1:
+            return x
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        guarded(lambda: dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self.pg))
+        return out
+
+    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """x of the member at index `source`, in place; returns x."""
+        if self.size > 1:
+            guarded(lambda: dist.broadcast(x, self.ranks[source], group=self.pg))
+        return x
+
+    def barrier(self, timeout_s: float) -> None:
+        """Wait until all are here. Raises PeerLost naming who is not, after `timeout_s` (gloo groups)."""
+        if self.size > 1:
+            guarded(lambda: dist.monitored_barrier(self.pg, timeout=timedelta(seconds=timeout_s)))
+
+
+def solo(rank: int = 0) -> Group:
+    """The group of one rank."""
+    return Group(None, (rank,), 0)
+
+
+def make_group(ranks: Sequence[int], rank: int, timeout_s: float, backend: str = "gloo") -> Group:
+    """Every rank of the world must call this for every group, in the same order; the group is for its members only."""
+    pg = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend) if len(ranks) > 1 else None
+    return Group(pg, tuple(ranks), ranks.index(rank) if rank in ranks else -1)
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """Run a collective; its failure is a lost peer, whatever words the backend finds for it."""
+    try:
+        return call()
+    except RuntimeError as err:
+        raise PeerLost(str(err).strip().splitlines()[0][:300] if str(err) else "collective failed") from err

@@ -1,0 +1,205 @@
+"""The operators a model is made of, behind one interface, so that kernels can be swapped without touching a model.
+
+`TorchOps` is the reference: any device, any shape, plain torch. `ops_for("triton")` loads `runtime.kernels.backend`,
+whose `TritonOps` overrides the methods it has kernels for.
+
+Legend: T tokens, S sequences, Q query heads, G KV heads, D head size, L latent (kv_lora_rank), R rotary channels,
+H hidden, I expert width, E local expert slots, K choices a token, N rows, C context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+
+from runtime.batch import StepInput
+from twin.spec.errors import SpecError
+from twin.spec.model import MoE
+
+SWIGLU_ALPHA = 1.702
+"""Slope of the sigmoid in gpt-oss's clamped SwiGLU (`swiglu_alpha` of its configuration)."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Local experts: `w13` holds gate rows, then up rows [E, 2I, H]; `w2` [E, H, I]; biases [E, 2I] and [E, H]."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    b13: torch.Tensor | None = None
+    b2: torch.Tensor | None = None
+
+
+class TorchOps:
+    """Reference operators. Padded slots (-1) are not understood here: the eager path makes none."""
+
+    name = "torch"
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) * weight over the last dim, the mean in fp32."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (weight * wide.to(x.dtype)).to(x.dtype)
+
+    def rope(self, x_TQD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        """Rotate the first 2R channels of every head: halves (neox) or neighbouring pairs (interleaved)."""
+        width = 2 * cos_TR.shape[-1]
+        head, rest = x_TQD[..., :width].float(), x_TQD[..., width:]
+        cos, sin = cos_TR[:, None], sin_TR[:, None]
+        a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        out = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+        return torch.cat([out.to(x_TQD.dtype), rest], -1) if rest.shape[-1] else out.to(x_TQD.dtype)
+
+    def store_kv(self, cache: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """Write keys and values into a layer's cache [blocks, 2, block_tokens, G, D]."""
+        block, offset = slots_T // cache.shape[2], slots_T % cache.shape[2]
+        cache[block, 0, offset] = k_TGD.to(cache.dtype)
+        cache[block, 1, offset] = v_TGD.to(cache.dtype)
+
+    def store_latent(self, cache: torch.Tensor, latent_TL: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """Write latents with their rotary key into a layer's cache [blocks, block_tokens, L + R]."""
+        cache.view(-1, cache.shape[-1])[slots_T] = latent_TL.to(cache.dtype)
+
+    def attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float, window: int | None,
+                  sinks_Q: torch.Tensor | None) -> torch.Tensor:
+        """Paged causal GQA of a mixed batch over the stored keys, this step's included. Returns [T, Q, D]."""
+        out = torch.empty_like(q_TQD)
+        n = step.num_decodes
+        if n:
+            kv = _gather(cache, step.block_tables_SB[:n], max(step.context_lens[:n]))
+            k, v = (kv[:, i].transpose(1, 2).to(q_TQD.dtype) for i in (0, 1))
+            mask = _decode_mask(step.seq_lens_S[:n], k.shape[2], window)
+            out[:n] = attend(q_TQD[:n, :, None], k, v, mask, scale, sinks_Q)[:, :, 0]
+        row = n
+        for i in range(n, len(step.query_lens)):
+            q_len, context = step.query_lens[i], step.context_lens[i]
+            kv = _gather(cache, step.block_tables_SB[i:i + 1], context)
+            k, v = (kv[:, j].transpose(1, 2).to(q_TQD.dtype) for j in (0, 1))
+            mask = _causal_mask(q_len, context, window, q_TQD.device)
+            q = q_TQD[row:row + q_len].transpose(0, 1)[None]
+            out[row:row + q_len] = attend(q, k, v, mask, scale, sinks_Q)[0].transpose(0, 1)
+            row += q_len
+        return out
+
+    def mla_decode(self, q_SQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
+                   latent: int) -> torch.Tensor:
+        """Absorbed MLA of the step's decodes: q and keys of L + R channels, values the first L. Returns [S, Q, L]."""
+        n = step.num_decodes
+        kv = _gather(cache, step.block_tables_SB[:n], max(step.context_lens[:n]))[:, None].to(q_SQD.dtype)
+        mask = _decode_mask(step.seq_lens_S[:n], kv.shape[2], None)
+        return attend(q_SQD[:, :, None], kv, kv[..., :latent], mask, scale, None)[:, :, 0]
+
+    def mla_context(self, cache: torch.Tensor, step: StepInput, i: int) -> torch.Tensor:
+        """All stored latents of sequence i, in order [C, L + R]."""
+        return _gather(cache, step.block_tables_SB[i:i + 1], step.context_lens[i])[0]
+
+    def causal_attention(self, q_TQD: torch.Tensor, k_CQD: torch.Tensor, v_CQE: torch.Tensor, *,
+                         scale: float) -> torch.Tensor:
+        """One sequence: the last T of C positions attend to all before them. Returns [T, Q, E]."""
+        mask = _causal_mask(q_TQD.shape[0], k_CQD.shape[0], None, q_TQD.device)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_TQD, k_CQD, v_CQE))
+        return attend(q, k, v, mask, scale, None)[0].transpose(0, 1)
+
+    def route(self, x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None,
+              score_bias_E: torch.Tensor | None, moe: MoE) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts: (ids int64 [T, K], weights fp32 [T, K]).
+
+        Groups are ranked by the sum of their two best scores where a correction bias exists (DeepSeek-V3), by their
+        best score otherwise (DeepSeek-V2); the bias only chooses, it does not weigh.
+        """
+        logits = F.linear(x_TH.float(), weight_EH.float(), bias_E)
+        scores = logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(-1)
+        choice = scores if score_bias_E is None else scores + score_bias_E
+        if moe.groups > 1:
+            grouped = choice.unflatten(-1, (moe.groups, -1))
+            best = grouped.amax(-1) if score_bias_E is None else grouped.topk(min(2, grouped.shape[-1]), -1)[0].sum(-1)
+            keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(moe.top_k_groups, -1)[1], True)
+            choice = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+        ids = choice.topk(moe.top_k, -1)[1]
+        weights = scores.gather(1, ids)
+        if moe.norm_top_k:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return ids, weights * moe.routed_scaling
+
+    def gated(self, gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
+        """silu(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(alpha gate) with both clamped at `limit`."""
+        gate, up = gate_up.chunk(2, -1)
+        if limit is None:
+            return F.silu(gate) * up
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(gate * SWIGLU_ALPHA)
+
+    def experts(self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, w: ExpertWeights,
+                limit: float | None) -> torch.Tensor:
+        """y_N = sum over K of weight * expert(x); choices with a slot outside 0..E-1 add nothing."""
+        n_slots, choices = w.w13.shape[0], slots_NK.shape[1]
+        flat = slots_NK.flatten()
+        flat = torch.where((flat >= 0) & (flat < n_slots), flat, n_slots)  # the absent sort behind every expert
+        order = flat.argsort(stable=True)
+        owner, row = flat[order], order // choices
+        ends = torch.bincount(flat, minlength=n_slots + 1)[:n_slots].cumsum(0).int()
+        safe = owner.clamp(max=n_slots - 1)
+        hidden = F.grouped_mm(x_NH[row], w.w13.transpose(1, 2), offs=ends)
+        hidden = self.gated(hidden if w.b13 is None else hidden + w.b13[safe], limit)
+        y = F.grouped_mm(hidden, w.w2.transpose(1, 2), offs=ends)
+        y = y if w.b2 is None else y + w.b2[safe]
+        # rows beyond the last expert are uninitialised, so they are masked, not multiplied away
+        y = torch.where((owner < n_slots)[:, None], y.float() * weights_NK.flatten()[order, None], 0.0)
+        return torch.zeros(x_NH.shape, dtype=torch.float32, device=x_NH.device).index_add_(0, row, y).to(x_NH.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float,
+           sinks_Q: torch.Tensor | None) -> torch.Tensor:
+    """softmax(scale q k' + mask) v for q [S, Q, T, D], k [S, G, C, D], v [S, G, C, E]; mask [S, 1, T, C] or [T, C], bool.
+
+    A sink is a logit of its head that takes probability and gives nothing: one more key of zeros whose score is the
+    sink (as additive mask) and whose value is zero.
+    """
+    if sinks_Q is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    sink = sinks_Q.to(q.dtype)[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+    zero_k, zero_v = k.new_zeros(*k.shape[:2], 1, k.shape[3]), v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    return F.scaled_dot_product_attention(q, torch.cat([k, zero_k], 2), torch.cat([v, zero_v], 2),
+                                          attn_mask=torch.cat([bias, sink], -1), scale=scale,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _gather(cache: torch.Tensor, tables_SB: torch.Tensor, context: int) -> torch.Tensor:
+    """Stored tokens in order: [S, C, X] from a latent cache, [S, 2, C, G, D] from a KV cache."""
+    blocks = -(-context // cache.shape[-2 if cache.dim() == 3 else 2])
+    found = cache[tables_SB[:, :blocks].long()]
+    if cache.dim() == 3:
+        return found.flatten(1, 2)[:, :context]
+    return found.transpose(1, 2).flatten(2, 3)[:, :, :context]
+
+
+def _decode_mask(seq_lens_S: torch.Tensor, context: int, window: int | None) -> torch.Tensor:
+    """[S, 1, 1, C]: positions below the length and, with a window, among its last `window`."""
+    position = torch.arange(context, device=seq_lens_S.device)
+    mask = position < seq_lens_S[:, None]
+    if window is not None:
+        mask &= position >= seq_lens_S[:, None] - window
+    return mask[:, None, None]
+
+
+def _causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[T, C] for the last `queries` positions of `context`."""
+    q = torch.arange(context - queries, context, device=device)[:, None]
+    k = torch.arange(context, device=device)
+    mask = k <= q
+    return mask if window is None else mask & (k > q - window)
+
+
+def ops_for(backend: str) -> TorchOps:
+    """The operators of a backend. Raises SpecError for an unknown one."""
+    if backend == "torch":
+        return TorchOps()
+    if backend == "triton":
+        return import_module("runtime.kernels.backend").TritonOps()
+    raise SpecError(f"backend {backend[:40]!r} is unknown", field="backend", expected="torch or triton")
