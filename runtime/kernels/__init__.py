@@ -1,0 +1,17 @@
+"""Triton kernels of the engine's fast path, each with a pure-torch twin in `reference.py`.
+
+    align.py          which rows go to which expert, on the device
+    moe.py            one MoE layer of decode: both GEMMs, activation, weighted sum
+    moe_prefill.py    one MoE layer of prefill: grouped GEMMs between fused permute and unpermute
+    attention_gqa.py  paged split-KV decode attention (grouped query heads)
+    attention_mla.py  paged split-KV decode attention over a latent cache (absorbed MLA)
+    splits.py         how decode attention is cut, and how the cuts are merged
+    fused.py          norm, activation, quantisation
+    rope.py           rotary embedding, query-key norm and the write into the paged cache
+    gate.py           the router: scores, groups, top-k
+    sampling.py       the next token
+
+Every function takes and returns torch tensors, launches on the current stream, never reads a value back to the host
+and allocates only through torch, so that a whole step can be captured in a CUDA graph. Nothing here imports the
+rest of the project. The kernel modules need triton; `reference.py` and `sampling.py` need torch alone.
+"""

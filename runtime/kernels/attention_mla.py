@@ -1,0 +1,120 @@
+"""Absorbed MLA decode: every head attends to one paged latent vector a token, whose first columns are the value too.
+
+Shapes: B sequences, H query heads, L latent columns (512), R rotary columns (64), S splits. A tile of the cache is
+loaded once and serves both products, q.k over L+R columns and p.v over the first L.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.kernels.splits import choose_splits, merge, multiprocessors, split_range, token_slots
+
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class MlaTile:
+    """Heads and tokens a tile, warps, loads in flight, and programs that fit a multiprocessor at once."""
+
+    heads: int
+    tokens: int
+    warps: int
+    stages: int
+    resident: int
+
+
+def choose_mla_tile(heads: int) -> MlaTile:
+    """Up to 32 heads the cache read is the limit (small tiles, two programs each); above, the matrix units are."""
+    if heads <= 16:
+        return MlaTile(16, 32, 4, 3, 2)
+    if heads <= 32:
+        return MlaTile(32, 32, 8, 3, 1)
+    return MlaTile(64, 64, 8, 2, 1)
+
+
+def mla_decode(
+    q_BHD: torch.Tensor,
+    cache: torch.Tensor,
+    block_table_BP: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    *,
+    scale: float,
+    latent: int = 512,
+    max_context: int | None = None,
+    splits: int | None = None,
+    tile: MlaTile | None = None,
+) -> torch.Tensor:
+    """out_BHL = softmax(scale * q . cache) cache[:, :latent] over each sequence's first `seq_lens` tokens.
+
+    `cache` [num_blocks, block_tokens, latent + rope]; `latent` and rope are powers of two; `block_table_BP` and
+    `seq_lens_B` int32. `max_context` bounds seq_lens (default: what the table holds). An empty sequence gives zeros.
+    """
+    batch, heads, dim = q_BHD.shape
+    _, block_tokens, cache_dim = cache.shape
+    assert dim == cache_dim and q_BHD.is_contiguous() and cache.is_contiguous()
+    assert block_table_BP.stride(1) == 1 and seq_lens_B.dtype == block_table_BP.dtype == torch.int32
+    tile = tile or choose_mla_tile(heads)
+    groups = triton.cdiv(heads, tile.heads)
+    bound = max_context or block_table_BP.shape[1] * block_tokens
+    slots = multiprocessors(q_BHD.device.index or 0) * tile.resident
+    splits = splits or choose_splits(batch * groups, bound, tile.tokens, slots)
+    out_BHL = torch.empty(batch, heads, latent, dtype=q_BHD.dtype, device=q_BHD.device)
+    parts = out_BHL
+    if splits > 1:
+        parts = torch.empty(batch, heads, splits, latent, dtype=torch.float32, device=q_BHD.device)
+    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q_BHD.device)
+    _mla_kernel[(groups * splits * batch,)](
+        q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, block_table_BP.stride(0), heads, splits, scale * _LOG2_E,
+        LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads, BLOCK_N=tile.tokens,
+        GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge(parts, lse, out_BHL)
+    return out_BHL
+
+
+@triton.jit
+def _mla_kernel(
+    q, cache, block_table, seq_lens, parts, lse, table_stride, heads, splits, scale_log2,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    # head groups fastest: programs that read the same tokens run together and share them in L2
+    pid = tl.program_id(0)
+    split, seq = (pid // GROUPS) % splits, (pid // (GROUPS * splits)).to(tl.int64)
+    head = pid % GROUPS * BLOCK_H + tl.arange(0, BLOCK_H)
+    length = tl.load(seq_lens + seq)
+    lo, hi = split_range(0, length, split, splits, BLOCK_N)
+    c, r = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    DIM: tl.constexpr = LATENT + ROPE
+    row = (seq * heads + head)[:, None] * DIM
+    q_c = tl.load(q + row + c[None, :], mask=(head < heads)[:, None], other=0.0)
+    q_r = tl.load(q + row + LATENT + r[None, :], mask=(head < heads)[:, None], other=0.0)
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+    for first in range(lo, hi, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        slot = token_slots(block_table + seq * table_stride, token, hi, first, BLOCK_TOKENS, BLOCK_N)
+        place = cache + slot[:, None] * DIM
+        kv = tl.load(place + c[None, :], mask=(token < hi)[:, None], other=0.0)
+        k_r = tl.load(place + LATENT + r[None, :], mask=(token < hi)[:, None], other=0.0)
+        s = tl.dot(q_r, tl.trans(k_r))
+        s = tl.dot(q_c, tl.trans(kv), s) * scale_log2
+        s = tl.where((token < hi)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(kv.dtype), kv, acc * decay[:, None])
+        top = new_top
+    out = ((seq * heads + head) * splits + split)
+    seen = tl.where(total > 0.0, total, 1.0)
+    tl.store(lse + out, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=head < heads)
+    value = (acc / seen[:, None]).to(parts.dtype.element_ty)
+    tl.store(parts + out[:, None] * LATENT + c[None, :], value, mask=(head < heads)[:, None])

@@ -1,0 +1,100 @@
+"""The router of an MoE layer in one launch: scores, group limit, top-k, weights.
+
+Shapes: T tokens, E experts (up to 512), K choices (up to 8 in the models served).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def gate_topk(
+    logits_TE: torch.Tensor,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias_E: torch.Tensor | None = None,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "top2",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights_TK fp32, ids_TK int32), best first; equal scores go to the lower id.
+
+    `scoring` "softmax" or "sigmoid" gives each expert's score. `bias_E` is added for choosing only, never to a weight
+    (DeepSeek-V3's correction). With `groups` > 1 only the best `topk_groups` groups may be chosen, a group's score being
+    its two best experts' sum ("top2", DeepSeek-V3) or its best ("max", DeepSeek-V2). `renormalize` divides a token's
+    weights by their sum; `scale` multiplies them last. Softmax over the chosen logits alone (gpt-oss) is "softmax" with
+    `renormalize`.
+    """
+    tokens, experts = logits_TE.shape
+    assert experts % groups == 0 and k <= experts and logits_TE.is_contiguous()
+    assert scoring in ("softmax", "sigmoid") and group_score in ("top2", "max")
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits_TE.device)
+    ids = torch.empty(tokens, k, dtype=torch.int32, device=logits_TE.device)
+    each = experts // groups
+    _gate_kernel[(tokens,)](
+        logits_TE, bias_E if bias_E is not None else logits_TE, weights, ids, experts, scale,
+        K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
+        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2",
+        BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), num_warps=1,
+    )  # fmt: skip
+    return weights, ids
+
+
+@triton.jit
+def _allowed_groups(choice, group, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr):
+    """1 for each of the TOPK_GROUPS best groups of `choice` [groups, experts of a group]."""
+    best, at = tl.max(choice, 1, return_indices=True)
+    score = best
+    if TOP2:
+        column = tl.arange(0, choice.shape[1])
+        score += tl.max(tl.where(column[None, :] == at[:, None], float("-inf"), choice), 1)
+    score = tl.where(group < GROUPS, score, float("-inf"))
+    allowed = tl.zeros_like(group)
+    for _ in tl.static_range(TOPK_GROUPS):
+        winner = tl.argmax(score, 0)
+        allowed = tl.where(group == winner, 1, allowed)
+        score = tl.where(group == winner, float("-inf"), score)
+    return allowed
+
+
+@triton.jit
+def _gate_kernel(
+    logits, bias, weights, ids, experts, scale, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
+    expert = group[:, None] * EACH + column[None, :]
+    real = (group < GROUPS)[:, None] & (column < EACH)[None, :]
+    logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        score = tl.sigmoid(logit)
+    else:
+        score = tl.exp(logit - tl.max(logit))
+        score = score / tl.sum(score)
+    choice = tl.where(real, score, float("-inf"))
+    if HAS_BIAS:
+        choice += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
+    if GROUPS > 1:
+        allowed = _allowed_groups(choice, group, GROUPS, TOPK_GROUPS, TOP2)
+        choice = tl.where((allowed > 0)[:, None], choice, float("-inf"))
+    choice = tl.where(real, choice, float("-inf"))
+    total = 0.0
+    rank = tl.full([BLOCK_G, BLOCK_E], -1, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(choice)
+        # the lowest id among equals
+        winner = tl.min(tl.where((choice == best) & real, expert, GROUPS * EACH))
+        hit = expert == winner
+        tl.store(ids + token * K + i, winner)
+        total += tl.sum(tl.where(hit, score, 0.0))
+        rank = tl.where(hit, i, rank)
+        choice = tl.where(hit, float("-inf"), choice)
+    share = scale / tl.maximum(total, 1e-20) if RENORMALIZE else scale
+    tl.store(weights + token * K + rank, score * share, mask=rank >= 0)

@@ -1,0 +1,38 @@
+"""Kernel tests run on the GPU where there is one, else under Triton's interpreter (set before any kernel is built)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20251)
+
+
+_INTERPRETER_NOISE = (
+    # triton 3.6 hands numpy 1-element arrays where it wants scalars
+    "ignore:Conversion of an array with ndim:DeprecationWarning",
+    # exp overflows to inf in a sigmoid, as on the device
+    "ignore:overflow encountered in exp:RuntimeWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Warnings are errors; the interpreter's own are not ours."""
+    here = os.path.dirname(__file__)
+    for item in items:
+        if str(item.path).startswith(here):
+            for noise in _INTERPRETER_NOISE:
+                item.add_marker(pytest.mark.filterwarnings(noise))

@@ -1,0 +1,117 @@
+"""The MoE layers against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
+
+from runtime.kernels import moe, moe_prefill, reference
+from runtime.kernels.moe import Tile, Tiles
+
+SMALL = Tiles(Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2))
+
+
+def layer(rng, tokens, choices, experts, hidden, width, dtype):  # noqa: ANN001
+    return dict(
+        x_TH=normal(rng, tokens, hidden, dtype=dtype),
+        w13_E2IH=normal(rng, experts, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
+        w2_EHI=normal(rng, experts, hidden, width, dtype=dtype, scale=width**-0.5),
+        topk_weights_TK=torch.rand(tokens, choices, generator=rng),
+        topk_ids_TK=torch.stack([torch.randperm(experts, generator=rng)[:choices] for _ in range(tokens)]).int(),
+    )
+
+
+def check(case, bound, device, monkeypatch, run=moe.fused_moe, fp8_rows=False, **options):  # noqa: ANN001
+    case = {k: v.to(device) for k, v in case.items()}
+    tensors = {k: v for k, v in options.items() if k != "tiles"}
+    want = reference.fused_moe(**case, **tensors, fp8_rows=fp8_rows, compute=torch.float64)
+    with poisoned(monkeypatch):
+        got = run(**case, **options)
+    assert relative_error(got, want) < bound
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-3), (HALF, 1e-2)])
+@pytest.mark.parametrize("shape", [(7, 2, 5, 64, 48), (1, 4, 8, 96, 32), (33, 3, 4, 40, 24)], ids=str)
+def test_layer(shape, dtype, bound, device, rng, monkeypatch) -> None:
+    # fp32 products may run in tf32 on a GPU: 2e-3
+    check(layer(rng, *shape, dtype), bound, device, monkeypatch, tiles=SMALL)
+
+
+def test_one_expert_takes_all(device, rng, monkeypatch) -> None:
+    case = layer(rng, 40, 1, 4, 64, 32, torch.float32)
+    case["topk_ids_TK"] = torch.full((40, 1), 2, dtype=torch.int32)
+    check(case, 2e-3, device, monkeypatch, tiles=SMALL)
+
+
+def test_experts_of_other_ranks_add_nothing(device, rng, monkeypatch) -> None:
+    case = layer(rng, 19, 3, 6, 64, 32, torch.float32)
+    case["w13_E2IH"], case["w2_EHI"] = case["w13_E2IH"][:2].clone(), case["w2_EHI"][:2].clone()
+    expert_map = torch.tensor([-1, 1, -1, -1, 0, -1], dtype=torch.int32, device=device)
+    check(case, 2e-3, device, monkeypatch, tiles=SMALL, expert_map=expert_map)
+
+
+def test_no_local_expert_gives_zeros(device, rng) -> None:
+    case = {k: v.to(device) for k, v in layer(rng, 5, 2, 4, 64, 32, torch.float32).items()}
+    case["expert_map"] = torch.full((4,), -1, dtype=torch.int32, device=device)
+    assert moe.fused_moe(**case, tiles=SMALL).abs().max() == 0
+
+
+def test_clamped_swiglu_with_biases(device, rng, monkeypatch) -> None:
+    case = layer(rng, 9, 2, 4, 64, 48, HALF)
+    case["x_TH"] = case["x_TH"] * 8  # so that the clamps act
+    check(
+        case, 1e-2, device, monkeypatch, tiles=SMALL, activation="swiglu_clamped",
+        w13_bias_E2I=normal(rng, 4, 96, dtype=HALF).to(device),
+        w2_bias_EH=normal(rng, 4, 64, dtype=HALF).to(device),
+    )  # fmt: skip
+
+
+def fp8_layer(rng, device, *shape):  # noqa: ANN001
+    case = layer(rng, *shape, HALF)
+    scales = {}
+    for name, scale in (("w13_E2IH", "w13_scale_E2I"), ("w2_EHI", "w2_scale_EH")):
+        w = case[name]
+        case[name], s = (t.unflatten(0, w.shape[:2]) for t in reference.quant_fp8_rows(w.flatten(0, 1)))
+        scales[scale] = s.to(device)
+    return case, scales
+
+
+def test_fp8_weights(device, rng, monkeypatch) -> None:
+    case, scales = fp8_layer(rng, device, 7, 2, 5, 64, 48)
+    check(case, 1e-2, device, monkeypatch, tiles=SMALL, **scales)
+
+
+def test_fp8_products(device, rng, monkeypatch) -> None:
+    """Against the same rounding in float64: h a bf16 step apart may round to the next fp8 number, hence 2e-2 more."""
+    case, scales = fp8_layer(rng, device, 24, 2, 3, 64, 32)
+
+    def both_fp8(x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK, **scales):  # noqa: ANN001, ANN003
+        return moe.fused_moe_fp8(x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK, tiles=SMALL, **scales)
+
+    check(case, 0.02 + FP8_STEP, device, monkeypatch, run=both_fp8, fp8_rows=True, **scales)
+
+
+@pytest.mark.parametrize("rows, experts", [(8, 128), (512, 128), (2048, 128), (4096, 128), (131072, 128), (64, 32)])
+@pytest.mark.parametrize("weight_bytes", [1, 2])
+def test_tile_ladder_fits_shared_memory(rows: int, experts: int, weight_bytes: int) -> None:
+    tiles = moe.choose_tiles(rows, experts, 768, weight_bytes)
+    for tile, columns in ((tiles.up, 2 * tiles.up.n), (tiles.down, tiles.down.n)):
+        buffers = tile.stages if tile.m >= 64 else tile.stages - 1
+        assert buffers * tile.k * (2 * tile.m + weight_bytes * columns) <= 227 * 1024
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+def test_prefill_layer(with_map: bool, device, rng, monkeypatch) -> None:
+    case = layer(rng, 31, 3, 5, 64, 32, HALF)
+    options = {}
+    if with_map:
+        options["expert_map"] = torch.tensor([4, -1, 0, 1, -1, 3], dtype=torch.int32, device=device)
+    check(case, 1e-2, device, monkeypatch, run=moe_prefill.prefill_moe, **options)
+
+
+def test_prefill_layer_fp8(device, rng, monkeypatch) -> None:
+    if device.type != "cuda":
+        pytest.skip("torch has no CPU kernel for scaled_grouped_mm")
+    case, scales = fp8_layer(rng, device, 64, 2, 4, 128, 64)
+    check(case, 0.02 + FP8_STEP, device, monkeypatch, run=moe_prefill.prefill_moe, fp8_rows=True, **scales)
