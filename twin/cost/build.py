@@ -1,0 +1,160 @@
+"""From the words to compiled stacks: where ranks sit, which protocol they use, what their tables are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin.cost.batch import Array
+from twin.cost.collectives import tp_collectives
+from twin.cost.comm import Exchange, Reach, compile_exchange
+from twin.cost.engines import Engine
+from twin.cost.experts import ExpertCost, expert_cost, expert_work
+from twin.cost.network import Ints, Network
+from twin.cost.operators import Slice, gemm, rank_ops
+from twin.cost.protocols import PROTOCOLS, Protocol
+from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of
+from twin.cost.routing import place, popularity, slot_shares, touch_probability
+from twin.cost.stack import Stack
+from twin.policy.placement import Placement, linear, slots_to_ranks
+from twin.spec.cluster import GpuSpec
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+from twin.spec.plan import PoolPlan, Precision
+from twin.spec.scenario import Routing
+
+
+@dataclass(frozen=True)
+class Site:
+    """One pool of one model on one cluster: all that stacks are built from."""
+
+    model: ModelSpec
+    pool: PoolPlan
+    precision: Precision
+    engine: Engine
+    gpu: GpuSpec
+    network: Network
+    gpus_R: Ints
+    efficiency: Mapping[str, Efficiency]
+    protocol: Protocol
+    popularity_LE: Array | None
+    placement: Placement | None
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds from one kernel to the next: inside a CUDA graph, or on a CPU the operator's own dispatch."""
+        return self.engine.eager_launch_s * 1.5 if self.gpu.kind == "cpu" else self.engine.graph_launch_s
+
+
+def gpus_of(pool: PoolPlan, network: Network, first: int) -> Ints:
+    """GPUs of an instance that starts at GPU `first`: ranks follow one another. Raises SpecError past the end."""
+    last = first + pool.world
+    if last > network.gpus:
+        raise SpecError(f"an instance of {pool.world} GPUs does not fit a cluster of {network.gpus}", field="pool.dp",
+                        expected=f"dp x tp <= {network.gpus - first}")
+    return np.arange(first, last, dtype=np.int64)
+
+
+def resolve_protocol(pool: PoolPlan, engine: Engine, gpu: GpuSpec, one_domain: bool) -> Protocol:
+    """The all-to-all that `comm` names, or the engine's default for where the ranks sit and what the pool does."""
+    if pool.comm != "auto":
+        return PROTOCOLS[pool.comm]
+    if gpu.kind == "cpu":
+        return PROTOCOLS["gloo"]
+    if one_domain and pool.role != "prefill" and engine.comm_nvlink == "deepep_normal":
+        return PROTOCOLS[engine.comm_decode]
+    if one_domain:
+        return PROTOCOLS[engine.comm_nvlink]
+    return PROTOCOLS[engine.comm_decode if pool.role == "decode" else engine.comm_prefill]
+
+
+def expert_layout(model: ModelSpec, pool: PoolPlan, routing: Routing, domains: int, seed: int) -> tuple[Array, Placement]:
+    """Popularity [L, E] and the placement of experts over EP ranks."""
+    shares = popularity(model, routing, seed)
+    return shares, place(model, pool, shares, domains)
+
+
+def draft_model(model: ModelSpec) -> ModelSpec:
+    """The MTP module as a model of one layer: full attention and, where the model has experts, an MoE FFN."""
+    return model.model_copy(update={"layers": 1, "layer_attention": ("full",), "mtp_layers": 0,
+                                    "layer_ffn": ("moe",) if model.moe is not None else ("dense",)})
+
+
+def build_stack(site: Site, model: ModelSpec, *, compute_share: float = 1.0, draft: bool = False) -> Stack:
+    """Compile the layers of `model` (the site's own, or its MTP module)."""
+    s = Slice(model, site.precision, site.pool.tp)
+    ops: list[Op] = rank_ops(s)
+    if draft:  # hidden state and embedding of the last token, joined
+        ops.append(gemm("mtp/projection", s, 2 * model.hidden**2 / site.pool.tp, 3 * model.hidden, 1))
+    table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
+    shared = np.array([op.key == "moe/shared" for op in ops], dtype=float)
+    experts: ExpertCost | None = None
+    dispatch = combine = None
+    if model.moe is not None and model.moe_layers:
+        assert site.popularity_LE is not None and site.placement is not None
+        rates = site.efficiency
+        experts = expert_cost(expert_work(model, site.placement, site.popularity_LE), model, site.precision, site.pool, site.gpu,
+                              rates.get("experts", rates["default"]), rates.get("elementwise", rates["default"]),
+                              site.launch_s, model.moe_layers, compute_share)
+        dispatch, combine = exchanges(site, model)
+    collectives = tuple(tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R))
+    names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
+    found = [(name, exchange) for name, exchange in zip(names, (dispatch, combine), strict=True) if exchange is not None]
+    return Stack(table, collectives, experts, tuple(found), model.moe_layers, shared)
+
+
+def exchanges(site: Site, model: ModelSpec) -> tuple[Exchange | None, Exchange | None]:
+    """Dispatch and combine of one MoE layer. None, None when all of an instance's tokens are where its experts are."""
+    pool = site.pool
+    if pool.ep == 1 and pool.dp == 1:
+        return None, None
+    protocol = site.protocol if pool.ep > 1 else PROTOCOLS["ag_rs" if site.gpu.kind == "gpu" else "gloo"]
+    # tokens of a DP rank are on all its TP ranks: each sends its part, once for every rank that shares an expert
+    part = (1 if protocol.pattern == "rail_all" else pool.expert_tp) / pool.tp
+    senders = np.repeat(np.eye(pool.dp), pool.tp, axis=0) * part
+    reach = reach_of(site, model)
+    scales = model.hidden / 128 * 4 if site.precision.dispatch == "fp8" else 0.0  # an fp32 scale for every 128 elements
+    out_bytes = model.hidden * bytes_of(site.precision.dispatch) + scales
+    back_bytes = model.hidden * (4.0 if site.precision.weights == "fp32" else 2.0)
+    made = [compile_exchange(protocol, phase, reach, site.network, site.gpus_R, senders, size, backwards=back)
+            for phase, size, back in ((protocol.dispatch, out_bytes, False), (protocol.combine, back_bytes, True))]
+    return made[0], made[1]
+
+
+def reach_of(site: Site, model: ModelSpec) -> Reach:
+    """How a token's top-k spreads over ranks and domains. A rank is one of expert-TP that share an EP rank's experts, and
+    receives its part of them: ranks of one EP rank count once between them for the traffic of one TP rank."""
+    moe, pool = model.moe, site.pool
+    assert moe is not None and site.placement is not None and site.popularity_LE is not None
+    etp = pool.expert_tp
+    even = np.full(moe.experts, 1.0 / moe.experts)
+    slots = site.placement.slot_to_logical[0] if len(site.popularity_LE) == 1 else linear(
+        1, moe.experts, pool.ep, pool.redundant_experts).slot_to_logical[0]
+    ep_of_slot = np.arange(len(slots)) // (len(slots) // pool.ep)
+    touch_ep = touch_probability(moe, even, slots, ep_of_slot, pool.ep)
+    copies_ep = np.bincount(ep_of_slot, weights=(even / np.bincount(slots, minlength=moe.experts))[slots],
+                            minlength=pool.ep) * moe.top_k
+    domains, domain_of_rank = np.unique(site.network.domain_of[site.gpus_R], return_inverse=True)
+    domain_of_ep = domain_of_rank[::etp][: pool.ep]
+    touch_domain = touch_probability(moe, even, slots, domain_of_ep[ep_of_slot], len(domains))
+    skew, skew_rail = _skews(site, domain_of_ep, len(domains))
+    # each of the etp ranks of an EP rank takes 1 / etp of the senders' copies (`senders` counts them etp times)
+    return Reach(np.repeat(copies_ep, etp) / etp, np.repeat(touch_ep, etp) / etp, touch_domain / etp, skew, skew_rail)
+
+
+def _skews(site: Site, domain_of_ep: Ints, domains: int) -> tuple[float, float]:
+    """Most visited rank and domain relative to even routing, means over layers (touches, so that skew saturates)."""
+    assert site.placement is not None and site.popularity_LE is not None and site.model.moe is not None
+    if len(site.popularity_LE) == 1:
+        return 1.0, 1.0
+    k = site.model.moe.top_k
+    share_LR = slots_to_ranks(slot_shares(site.popularity_LE, site.placement), site.placement)
+    share_LN = np.stack([share_LR[:, domain_of_ep == n].sum(axis=1) for n in range(domains)], axis=1)
+
+    def excess(share: Array) -> float:
+        touched = 1.0 - np.clip(1.0 - share, 0.0, 1.0) ** k
+        return float(touched.max(axis=1).mean() / (1.0 - (1.0 - 1.0 / share.shape[1]) ** k))
+
+    return max(1.0, excess(share_LR)), max(1.0, excess(share_LN))

@@ -1,0 +1,133 @@
+"""Dispatch and combine: what crosses which link when each rank brings some tokens, and how long that takes.
+
+Link bytes are linear in the tokens that each DP rank brings, so a protocol on a cluster compiles to one matrix
+[links, d] of seconds a token for each phase; a step costs its largest row. Combine is dispatch backwards.
+Legend: R ranks of the instance, d DP ranks, N nodes (NVLink domains), p chance that a token touches a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin.cost.batch import Array
+from twin.cost.network import Ints, Network
+from twin.cost.protocols import PROTOCOLS, Phase, Protocol
+from twin.spec.base import Source
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How tokens spread: `copies[R]` expected expert copies a token sends to each rank, `touch[R]` chance that it touches
+    the rank, `touch_domain[N]` that it touches the NVLink domain: all under even popularity. `skew` and `skew_rail` are
+    the most visited rank's and domain's excess over that, averaged over layers."""
+
+    copies: Array
+    touch: Array
+    touch_domain: Array
+    skew: float = 1.0
+    skew_rail: float = 1.0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One phase of one layer, compiled: seconds a token of each DP rank, by link class, and fixed seconds."""
+
+    nvlink: Array  # [links, d]
+    rdma: Array  # [links, d]
+    fixed_s: float
+    source: Source
+
+    def seconds(self, tokens: Array) -> tuple[Array, Array]:
+        """Exposed NVLink and RDMA seconds: [..., d] -> ([...], [...]); their sum is the phase without `fixed_s`.
+
+        Both kinds of link work at once (and forwarding is pipelined), so NVLink shows only where it outlasts RDMA.
+        """
+        rdma_s = (tokens @ self.rdma.T).max(axis=-1, initial=0.0)
+        nvlink_s = (tokens @ self.nvlink.T).max(axis=-1, initial=0.0)
+        return np.maximum(nvlink_s - rdma_s, 0.0), rdma_s
+
+
+def pattern_traffic(protocol: Protocol, reach: Reach, network: Network, gpus: Ints) -> list[tuple[Array, Array]]:
+    """The legs of a dispatch as (gather, spread): tokens [R] -> traffic [R, R] = diag(gather @ tokens) spread.
+
+    `gather` says whose tokens a rank passes on (its own in direct legs), `spread[i, j]` how many times each goes to j.
+    """
+    count = len(gpus)
+    own = np.eye(count)
+    if protocol.pattern == "direct":
+        return [(own, np.broadcast_to(reach.touch, (count, count)))]
+    if protocol.pattern == "direct_copies":
+        return [(own, np.broadcast_to(reach.copies, (count, count)))]
+    domains, domain_of = np.unique(network.domain_of[gpus], return_inverse=True)
+    everywhere = protocol.pattern == "rail_all"
+    touch = np.ones(count) if everywhere else reach.touch
+    touch_domain = np.ones(len(domains)) if everywhere else reach.touch_domain
+    # the GPU of domain n that stands on the same rail as rank i: its position inside the domain
+    position = np.zeros(count, dtype=np.int64)
+    for n in range(len(domains)):
+        position[domain_of == n] = np.arange(int((domain_of == n).sum()))
+    member = [np.flatnonzero(domain_of == n) for n in range(len(domains))]
+    over_rail, gather = np.zeros((count, count)), np.eye(count)
+    for n, ranks in enumerate(member):
+        mirror = ranks[position % len(ranks)]
+        away = domain_of != n
+        over_rail[np.flatnonzero(away), mirror[away]] = touch_domain[n]
+        gather[mirror[away], np.flatnonzero(away)] += 1.0
+    inside = (domain_of[:, None] == domain_of[None, :]) * touch[None, :]
+    return [(own, over_rail), (gather, inside)]
+
+
+def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Network, gpus: Ints, senders_Rd: Array,
+                     token_bytes: float, *, backwards: bool) -> Exchange:
+    """Compile one phase. `senders_Rd[r, d]`: part of DP rank d's tokens that rank r sends."""
+    legs = pattern_traffic(protocol, reach, network, gpus)
+    count, links = senders_Rd.shape[1], len(network.links)
+    load = np.zeros((links, count))
+    busy = np.zeros((len(gpus), len(gpus)))
+    for gather, spread in legs:
+        matrix = network.link_matrix(spread, gpus)  # [links, R]
+        load += matrix @ gather @ senders_Rd
+        busy = busy + spread
+    if backwards:
+        load = load[_reverse(network)]
+    forwards = len(legs) > 1 and bool(load[~network.nvlink_links].any())
+    cap = phase.forward_cap if forwards else phase.nvlink_cap
+    nvlink_rate = np.minimum(network.capacity * phase.nvlink, cap)
+    rate = np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
+    skew = np.where(network.nvlink_links | (len(legs) == 1), reach.skew, reach.skew_rail)
+    seconds = load * token_bytes * (skew / rate)[:, None]
+    remote = bool(load[~network.nvlink_links].any())
+    latency_s = network.route_latency_s(busy, gpus)
+    fixed_s = (phase.base_s + latency_s + (phase.remote_s if remote else 0.0)) if load.any() else 0.0
+    return Exchange(_largest(seconds[network.nvlink_links]), _largest(seconds[~network.nvlink_links]), fixed_s, protocol.source)
+
+
+def _reverse(network: Network) -> Ints:
+    """The link that carries the same bytes when every flow turns round."""
+    swap = {"nvlink_up": "nvlink_down", "pcie_up": "pcie_down", "nic_up": "nic_down", "leaf_up": "leaf_down"}
+    swap |= {v: k for k, v in swap.items()}
+    place = {link.name: i for i, link in enumerate(network.links)}
+    names = [link.name.split("/") for link in network.links]
+    return np.array([place[f"{swap[prefix]}/{index}"] for prefix, index in names])
+
+
+def _largest(seconds: Array) -> Array:
+    """Rows that can be the largest: idle and repeated links dropped. Keeps the order, so results are the same everywhere."""
+    busy = seconds[seconds.any(axis=1)]
+    if not len(busy):
+        return np.zeros((0, seconds.shape[1]))
+    rows, first = np.unique(busy, axis=0, return_index=True)
+    keep = busy[np.sort(first)]
+    dominated = np.zeros(len(rows), dtype=bool)
+    if len(keep) > 1:  # a row below another everywhere never wins
+        for i in range(len(keep)):
+            above = (keep >= keep[i]).all(axis=1) & (keep > keep[i]).any(axis=1)
+            dominated[i] = bool(above.any())
+    return np.asarray(keep[~dominated[: len(keep)]])
+
+
+def protocol_of(name: str) -> Protocol:
+    """The protocol of that name. Raises KeyError for one we do not know ("auto" is resolved by the engine)."""
+    return PROTOCOLS[name]

@@ -1,0 +1,83 @@
+"""What engines do around the kernels, as data: host time, CUDA graphs, memory kept back, overlap, default backends.
+
+Numbers marked `assumed` are orders of magnitude from the engines' public descriptions; a profile measured by
+`eptwin calibrate` replaces them for our own engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twin.spec.base import Source
+from twin.spec.errors import SpecError
+from twin.spec.plan import CommBackend
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine's habits.
+
+    step_host_s, seq_host_s: host seconds of a step that the GPU waits for, fixed and per running sequence;
+    graph_launch_s, eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one
+    without; graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
+    reserved_bytes: context, libraries and graphs; activation_factor: live activations in units of tokens x hidden;
+    shared_overlap: shared experts run beside the all-to-all; tbo_comm_slowdown, tbo_compute_slowdown: how much longer
+    each stream of two-batch overlap takes while the other runs (memory and cache are shared).
+    """
+
+    name: str
+    step_host_s: float
+    seq_host_s: float
+    graph_launch_s: float
+    eager_launch_s: float
+    graph_sizes: tuple[int, ...]
+    memory_fraction: float
+    reserved_bytes: float
+    activation_factor: float
+    shared_overlap: bool
+    comm_nvlink: CommBackend
+    comm_prefill: CommBackend
+    comm_decode: CommBackend
+    tbo_comm_slowdown: float
+    tbo_compute_slowdown: float
+    source: Source = "assumed"
+    note: str = ""
+
+
+def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:
+    return tuple(sorted({size for start, stop, step in parts for size in range(start, stop + 1, step)}))
+
+
+# 1, 2, 4, 8, 16, 24, ... 256, then by 16 to 512: vLLM's default capture sizes (its documentation).
+_VLLM_GRAPHS = _ladder((1, 2, 1), (4, 4, 1), (8, 256, 8), (272, 512, 16))
+_SGLANG_GRAPHS = _ladder((1, 8, 1), (12, 32, 4), (40, 160, 8), (176, 256, 16), (288, 512, 32))
+_TRTLLM_GRAPHS = _ladder((1, 2, 1), (4, 4, 1), (8, 128, 8), (256, 256, 1), (512, 512, 1), (1024, 1024, 1), (2048, 2048, 1))
+_GIB = 2.0**30
+
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
+    Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6,
+           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, activation_factor=16.0,
+           shared_overlap=False, comm_nvlink="symm", comm_prefill="nccl", comm_decode="nccl",
+           tbo_comm_slowdown=1.2, tbo_compute_slowdown=1.1,
+           note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
+    Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6,
+           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, activation_factor=24.0,
+           shared_overlap=False, comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
+           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15, note="asynchronous scheduling; default all-to-all is ag_rs"),
+    Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6,
+           graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, activation_factor=24.0,
+           shared_overlap=False, comm_nvlink="deepep_normal", comm_prefill="deepep_normal",
+           comm_decode="deepep_low_latency", tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15,
+           note="overlap scheduler; slowdowns from the published layer times with and without TBO on 96 H100"),
+    Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6,
+           graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, activation_factor=24.0,
+           shared_overlap=True, comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
+           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15, note="overlap scheduler; one-sided NVLink all-to-all"),
+)}
+
+
+def engine_of(name: str) -> Engine:
+    """The engine of that name. Raises SpecError for one we do not know."""
+    if name not in ENGINES:
+        raise SpecError(f"unknown engine {name[:40]!r}", field="plan.engine", expected=", ".join(ENGINES))
+    return ENGINES[name]

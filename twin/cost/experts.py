@@ -1,0 +1,94 @@
+"""Grouped expert GEMMs in lockstep: all EP ranks wait for the one with most to do, layer after layer.
+
+The seconds depend on how many tokens the instance brings in all, so they are tabulated over tokens once per pool.
+Legend of shapes: g grid points, L layers that differ, S slots, R EP ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin.cost.batch import Array
+from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
+from twin.cost.routing import expected_max, load_variance, slot_shares
+from twin.policy.placement import Placement, slots_to_ranks
+from twin.spec.cluster import GpuSpec
+from twin.spec.model import ModelSpec
+from twin.spec.plan import PoolPlan, Precision
+
+_TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """What the fullest rank of one mean layer does when the instance brings so many tokens: arrays over `tokens`."""
+
+    tokens: Array
+    pairs_max: Array  # token-expert pairs of the fullest rank
+    pairs_mean: Array
+    hit: Array  # experts of a rank that got a token: the fullest rank's
+
+    def at(self, tokens: Array, column: Array) -> Array:
+        """Read one column at any number of tokens (log-log straight between grid points)."""
+        return np.asarray(np.exp(np.interp(np.log(np.maximum(tokens, 1e-9)), np.log(self.tokens), np.log(column))))
+
+
+def expert_work(model: ModelSpec, placement: Placement, popularity_LE: Array) -> ExpertWork:
+    """Pairs and experts hit over the token grid, averaged over layers.
+
+    A slot that takes part `s` of a token's k choices stays idle through N tokens with chance (1 - k s)^N. The fullest
+    rank's pairs are the expected maximum over ranks: uneven popularity and the noise of sampling together.
+    """
+    moe = model.moe
+    assert moe is not None
+    share_LS = slot_shares(popularity_LE, placement)
+    share_LR = slots_to_ranks(share_LS, placement)
+    ranks = placement.num_ranks
+    pairs_max, hit = np.empty(len(_TOKENS)), np.empty(len(_TOKENS))
+    idle_LS = np.log1p(-np.minimum(moe.top_k * share_LS, 1 - 1e-12))
+    for g, tokens in enumerate(_TOKENS):
+        mean = tokens * moe.top_k * share_LR
+        largest = np.minimum(expected_max(mean, load_variance(moe, np.asarray(tokens), share_LR)), tokens * moe.top_k)
+        pairs_max[g] = np.maximum(largest, mean.max(axis=1)).mean()
+        hit_LR = -np.expm1(tokens * idle_LS).reshape(len(share_LS), ranks, -1).sum(axis=2)
+        hit[g] = hit_LR.max(axis=1).mean()
+    return ExpertWork(_TOKENS, pairs_max, _TOKENS * moe.top_k / ranks, np.maximum(hit, 1e-9))
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """Seconds of the experts of all MoE layers over tokens of the instance; GEMM and data movement apart."""
+
+    log_tokens: Array
+    log_gemm_s: Array
+    log_permute_s: Array
+
+    def seconds(self, tokens: Array) -> tuple[Array, Array]:
+        """(grouped GEMMs, gathering and scattering of tokens) for `tokens` of the whole instance; 0 for none."""
+        at = np.log(np.maximum(tokens, 1e-9))
+        some = tokens > 0
+        gemm = np.exp(np.interp(at, self.log_tokens, self.log_gemm_s)) * some
+        permute = np.exp(np.interp(at, self.log_tokens, self.log_permute_s)) * some
+        return gemm, permute
+
+
+def expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: PoolPlan, gpu: GpuSpec,
+                gemm: Efficiency, elementwise: Efficiency, launch_s: float, layers: int,
+                compute_share: float = 1.0) -> ExpertCost:
+    """Time `work` on a GPU: two grouped GEMMs (gate and up, down) with their activation, and the token permutation."""
+    moe = model.moe
+    assert moe is not None
+    h, inner = model.hidden, moe.intermediate / pool.expert_tp
+    a, w = activation_bytes(precision.weights), bytes_of(precision.experts)
+    quantised = precision.experts not in ("bf16", "fp32")
+    flops = work.pairs_max * 6 * h * inner
+    weights = work.hit * 3 * h * inner * w
+    io = work.pairs_max * (h * (1 if quantised else a) + 2 * inner * a + inner * a + h * a)
+    peak = peak_flop_per_s(gpu, precision.experts) * gemm.compute * compute_share
+    gemm_s = np.maximum(flops / peak, (weights + io) / (gpu.hbm_bytes_per_s * gemm.memory)) + 2 * launch_s
+    # activation read and written (quantised on the way), rows gathered by expert and summed back by token
+    moved = work.pairs_max * (3 * inner * a + (h * (1 if quantised else a)) * 2 + h * a + h * a / moe.top_k)
+    permute_s = moved / (gpu.hbm_bytes_per_s * elementwise.memory) + 4 * launch_s
+    return ExpertCost(np.log(work.tokens), np.log(gemm_s * layers), np.log(permute_s * layers))

@@ -1,0 +1,230 @@
+"""CostModel: seconds of a step of one instance, its memory, and the bytes it hands over.
+
+A step is the slowest DP rank's own work, the experts in lockstep over all ranks, the exchanges between them and the
+host. `step` returns it in parts whose sum is the total; `step_s` and `decode_s` return the same number quickly.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
+from twin.cost.build import Site, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
+from twin.cost.efficiency import default_efficiency
+from twin.cost.engines import engine_of
+from twin.cost.interval import interval
+from twin.cost.memory import kv_block_bytes, memory_of
+from twin.cost.network import Network
+from twin.cost.stack import Stack, Streams
+from twin.spec.base import Source
+from twin.spec.cluster import ClusterSpec
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan, PoolPlan
+from twin.spec.results import Memory
+from twin.spec.scenario import Routing
+
+_FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
+
+
+class CostModel:
+    """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group.
+
+    Raises SpecError for a group or protocol that does not exist; `memory()` raises Infeasible when the pool does not fit.
+    """
+
+    def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
+                 seed: int = 0, network: Network | None = None, first_gpu: int = 0) -> None:
+        self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
+        self.network = network or Network(cluster)
+        try:
+            group = cluster.group(pool.node_group)
+        except KeyError:
+            raise SpecError(f"no node group {pool.node_group!r}", field="pool.node_group",
+                            expected=", ".join(g.name for g in cluster.groups)) from None
+        offset = sum(g.gpus for g in cluster.groups[: cluster.groups.index(group)])
+        gpus = gpus_of(pool, self.network, offset + first_gpu)
+        engine = engine_of(plan.engine)
+        domains = len(np.unique(self.network.domain_of[gpus]))
+        protocol = resolve_protocol(pool, engine, group.gpu, domains == 1)
+        shares = placement = None
+        if model.moe is not None:
+            shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
+        self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
+                         protocol, shares, placement)
+        self.extents = Extents.of(model, pool.mtp_draft_tokens)
+        self._graph_sizes = np.array(engine.graph_sizes, dtype=float)
+        self._memory: Memory | None = None
+
+    # --- compiled stacks, built when first asked for
+    @cached_property
+    def _stack(self) -> Stack:
+        return build_stack(self.site, self.model)
+
+    @cached_property
+    def _stack_beside_comm(self) -> Stack:
+        """The stack while communication kernels hold their SMs (two-batch overlap)."""
+        taken = self.site.protocol.comm_sms / self.site.gpu.sm_count
+        return build_stack(self.site, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
+
+    @cached_property
+    def _drafts(self) -> Stack | None:
+        if not self.pool.mtp_draft_tokens:
+            return None
+        return build_stack(self.site, draft_model(self.model), draft=True)
+
+    # --- steps
+    def step(self, batch: StepBatch) -> StepCost:
+        """Seconds of one step by part, with sources and an 80% interval. `batch` holds arrays over DP ranks, [d]."""
+        x = self._features(batch)[None]
+        tbo = bool(self._overlaps(x)[0])
+        stack = self._stack_beside_comm if tbo else self._stack
+        parts = dict(stack.parts(_halved(x)[0] if tbo else x[0]))
+        sources: dict[str, Source] = stack.sources()
+        if tbo:
+            parts = self._two_halves(parts, stack.streams(_halved(x)))
+        elif self.site.engine.shared_overlap and stack.exchanges:
+            streams = stack.streams(x)
+            parts["overlap/shared_experts"] = -float(np.minimum(streams.shared, streams.comm)[0])
+        if self._drafts is not None:
+            parts["mtp/draft"] = float(self._draft_s(batch)[0])
+        device_s = sum(parts.values())
+        parts["host/overhead"] = float(self._host_s(batch)[0])
+        launch_s = float(self._launch_s(x, np.array([device_s]), stack.table.launches(x).max(axis=-1))[0])
+        if launch_s:
+            parts["host/launch"] = launch_s
+        total_s = float(sum(parts.values()))
+        kept: dict[str, Source] = {key: sources.get(key, "assumed" if key.startswith("host") else "roofline") for key in parts}
+        low_s, high_s = interval(parts, kept)
+        return StepCost(total_s, parts, kept, low_s, high_s)
+
+    def step_s(self, batch: StepBatch) -> float:
+        """`step(batch).total_s` without the parts."""
+        return float(self._steps_s(batch)[0])
+
+    def decode_s(self, seqs: npt.ArrayLike, context: npt.ArrayLike) -> Array:
+        """Seconds of many pure decode steps: `seqs` sequences with `context` tokens in all on each rank.
+
+        Arrays [n] (all DP ranks alike) or [n, d] (each rank its own) -> [n].
+        """
+        seqs_n, context_n = np.broadcast_arrays(np.asarray(seqs, dtype=float), np.asarray(context, dtype=float))
+        if seqs_n.ndim == 1:
+            seqs_n, context_n = np.repeat(seqs_n[:, None], self.pool.dp, 1), np.repeat(context_n[:, None], self.pool.dp, 1)
+        none = np.zeros(seqs_n.shape)
+        return self._steps_s(StepBatch(seqs_n, context_n, none, none, none))
+
+    def steps_s(self, batch: StepBatch) -> Array:
+        """Seconds of many steps of any kind at once: arrays [n, d] -> [n]."""
+        return self._steps_s(batch)
+
+    @cached_property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decoding sequence gains a step: itself and the drafts accepted in a row."""
+        a, drafts = self.pool.mtp_acceptance, self.pool.mtp_draft_tokens
+        return float(sum(a**i for i in range(drafts + 1)))
+
+    # --- inside a step
+    def _features(self, batch: StepBatch) -> Array:
+        pad = self._pad if self.pool.cuda_graphs and not np.any(batch.prefill_tokens) else None
+        x = features(batch, self.extents, pad)
+        if x.shape[-2] != self.pool.dp:
+            raise SpecError(f"a batch of {x.shape[-2]} ranks for an instance of {self.pool.dp}", field="batch")
+        return x
+
+    def _pad(self, queries: Array) -> Array:
+        """Decode tokens rounded up to the next CUDA graph; unchanged beyond the largest."""
+        sizes = self._graph_sizes
+        place = np.searchsorted(sizes, queries)
+        return np.where((queries > 0) & (place < len(sizes)), sizes[np.minimum(place, len(sizes) - 1)], queries)
+
+    def _steps_s(self, batch: StepBatch) -> Array:
+        x = self._features(batch)
+        x = x[None] if x.ndim == 2 else x
+        streams = self._stack.streams(x)
+        device_s = streams.compute + streams.comm
+        if self.site.engine.shared_overlap and self._stack.exchanges:
+            device_s = device_s - np.minimum(streams.shared, streams.comm)
+        tbo = self._overlaps(x)
+        if tbo.any():
+            halves = self._stack_beside_comm.streams(_halved(x[tbo]))
+            device_s[tbo] = self._overlapped_s(halves)
+        if self._drafts is not None:
+            device_s = device_s + self._draft_s(batch)
+        return np.asarray(device_s + self._host_s(batch) + self._launch_s(x, device_s, streams.launches))
+
+    def _overlaps(self, x: Array) -> npt.NDArray[np.bool_]:
+        """Which steps [n] run as two overlapped half batches: all ranks must have enough tokens to split."""
+        if not (self.pool.tbo and self._stack.exchanges):
+            return np.zeros(len(x), dtype=bool)
+        return np.asarray(x[..., _FIRST_AMOUNT].min(axis=-1) >= max(self.pool.tbo_min_tokens, 2))
+
+    def _overlapped_s(self, half: Streams) -> Array:
+        """Two halves pipelined: the longer stream, and one layer's exchange at the ends that nothing hides."""
+        engine = self.site.engine
+        compute, comm = 2 * half.compute * engine.tbo_compute_slowdown, 2 * half.comm * engine.tbo_comm_slowdown
+        return np.asarray(np.maximum(compute, comm) + np.minimum(compute, comm) / (2 * max(self._stack.moe_layers, 1)))
+
+    def _two_halves(self, half_parts: dict[str, float], half: Streams) -> dict[str, float]:
+        """Both halves' parts at their slowed rates, and what running them side by side saves."""
+        engine = self.site.engine
+        comm_keys = tuple(f"moe/{name}/" for name, _ in self._stack.exchanges)
+        parts = {key: 2 * seconds * (engine.tbo_comm_slowdown if key.startswith(comm_keys) else engine.tbo_compute_slowdown)
+                 for key, seconds in half_parts.items()}
+        parts["overlap/tbo"] = float(self._overlapped_s(half)[0]) - sum(parts.values())
+        return parts
+
+    def _draft_s(self, batch: StepBatch) -> Array:
+        """Seconds of drafting: one pass of the MTP module for every draft token, over the decoding sequences."""
+        assert self._drafts is not None
+        seqs, context = np.atleast_2d(batch.decode_seqs), np.atleast_2d(batch.decode_context)
+        none = np.zeros(seqs.shape)
+        x = features(StepBatch(seqs, context, none, none, none), Extents(self.extents.window, self.extents.sparse, 0))
+        streams = self._drafts.streams(x)
+        return np.asarray(self.pool.mtp_draft_tokens * (streams.compute + streams.comm) * (seqs.sum(axis=-1) > 0))
+
+    def _host_s(self, batch: StepBatch) -> Array:
+        """Host time that the GPU waits for: fixed, and per sequence of the busiest rank. [n]"""
+        seqs = np.atleast_2d(np.asarray(batch.decode_seqs) + np.asarray(batch.prefill_seqs))
+        engine = self.site.engine
+        return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
+
+    def _launch_s(self, x: Array, device_s: Array, launches: Array) -> Array:
+        """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""
+        if self.site.gpu.kind == "cpu":
+            return np.zeros(len(x))  # the host is the device: launches are in the operators already
+        decode_only = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
+        covered = self.pool.cuda_graphs & decode_only & (x[..., INDEX["tokens"]].max(axis=-1) <= self._graph_sizes[-1])
+        eager_s = np.maximum(launches * self.site.engine.eager_launch_s - device_s, 0.0)
+        return np.asarray(np.where(covered, 0.0, eager_s))
+
+    # --- memory and transfer
+    def memory(self) -> Memory:
+        """Bytes on the fullest rank. Raises Infeasible("memory") when the pool does not fit, saying by how much."""
+        if self._memory is None:
+            backend = self.site.protocol.name if self.pool.ep > 1 else "none"
+            self._memory = memory_of(self.model, self.plan.precision, self.pool, self.site.engine,
+                                     self.site.gpu.hbm_bytes, backend)
+        return self._memory
+
+    @property
+    def kv_blocks_per_rank(self) -> int:
+        """KV blocks of one DP rank (its TP ranks hold their heads of the same blocks)."""
+        return self.memory().kv_blocks
+
+    def kv_transfer_bytes(self, tokens: int) -> float:
+        """Bytes that one request of `tokens` prompt tokens hands over, in this pool's layout: all TP ranks together, GQA
+        heads replicated where TP exceeds them (each rank sends what it holds), MLA's latent once."""
+        per_token = kv_block_bytes(self.model, self.plan.precision, self.pool) / self.pool.block_tokens
+        copies = 1 if self.model.attention.kind == "mla" else self.pool.tp
+        state = self.model.state_elements * 4.0
+        return tokens * per_token * copies + state
+
+
+def _halved(x: Array) -> Array:
+    """One of two equal micro-batches: amounts halve, indicators stay (each half reads weights and launches kernels)."""
+    half = x.copy()
+    half[..., _FIRST_AMOUNT:] *= 0.5
+    return half

@@ -1,0 +1,91 @@
+"""How all-to-all libraries move tokens, as data: efficiencies and fixed latencies, each with where it was fitted.
+
+The physics (bytes, hops, sharing) is never fitted; these few numbers are. Bandwidth is lost to headers, flow control
+and to kernels that cannot issue copies faster (`nvlink_cap`), latency to notification, polling and barriers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from twin.spec.base import Source
+
+Pattern = Literal["direct", "direct_copies", "rail", "rail_all"]
+"""direct: one copy to every rank a token touches. direct_copies: one for each of its top-k experts. rail: one copy to the
+same-rail GPU of every node it touches, forwarded over NVLink to the ranks there. rail_all: as rail, to everybody."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One direction. Rates are fractions of the link; `nvlink_cap` bounds a rank's NVLink bytes/s inside one domain,
+    `forward_cap` when it forwards what came over the NIC; latencies are for a domain and what leaving it adds."""
+
+    nvlink: float
+    rdma: float
+    nvlink_cap: float
+    forward_cap: float
+    base_s: float
+    remote_s: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A library's dispatch and combine; `comm_sms` are taken from compute while it runs beside it."""
+
+    name: str
+    pattern: Pattern
+    dispatch: Phase
+    combine: Phase
+    comm_sms: int
+    source: Source
+    note: str
+
+
+_FAST = 1e15  # no cap
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
+    Protocol(
+        "deepep_normal", "rail",
+        # DeepEP test_intranode / test_internode on Hopper + CX7 400G, 4096 tokens x 7168, 20-24 SMs: 491 / 973 us on one
+        # node gives 283 / 277 GB/s of NVLink; 749 / 1777 us on two 228 / 186 GB/s forwarded; 1791 / 3522 us on four
+        # 45.6 / 45.0 GB/s of a 50 GB/s NIC; H800 153 / 158 GB/s (own traffic included) 0.67 of its NVLink.
+        Phase(nvlink=0.68, rdma=0.91, nvlink_cap=283e9, forward_cap=240e9, base_s=15e-6, remote_s=40e-6),
+        Phase(nvlink=0.70, rdma=0.90, nvlink_cap=277e9, forward_cap=190e9, base_s=15e-6, remote_s=40e-6),
+        comm_sms=24, source="calibrated", note="DeepEP V1 normal, published tables 1-4 nodes"),
+    Protocol(
+        "deepep_low_latency", "direct_copies",
+        # DeepEP test_low_latency on Hopper + CX7 400G, 8..256 tokens x 7168 top-8: the slope over tokens is 46-48 GB/s on
+        # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across.
+        Phase(nvlink=0.70, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=14e-6, remote_s=9e-6),
+        Phase(nvlink=0.60, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=10e-6, remote_s=12e-6),
+        comm_sms=0, source="calibrated", note="DeepEP V1 low latency, published tables 1-8 nodes"),
+    Protocol(
+        "nccl", "direct",
+        # nccl-tests alltoall on 8 x H200: 512 MiB in 1.51 ms = 311 GB/s a GPU (0.69), 32 MiB in 124 us, 128 KiB in 9.9 us;
+        # across nodes on CX7/EFA 45 GB/s of 50 at 64 MiB falling with size of the group.
+        Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
+        Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
+        comm_sms=16, source="calibrated", note="all_to_all with split sizes; base_s includes the exchange of counts"),
+    Protocol(
+        "symm", "direct",
+        Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
+        Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
+        comm_sms=16, source="assumed", note="one-sided pushes and a barrier; barrier measured at 10-12 us for 2-8 ranks"),
+    Protocol(
+        "ag_rs", "rail_all",
+        # nccl-tests all_gather / reduce_scatter on 8 x H200: 512 MiB in 1.395 / 1.393 ms = 337 GB/s a GPU (0.75).
+        Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=14e-6, remote_s=20e-6),
+        Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=12e-6, remote_s=20e-6),
+        comm_sms=16, source="calibrated", note="every token to every rank, partial sums back"),
+    Protocol(
+        "gloo", "direct",
+        Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
+        Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
+        comm_sms=0, source="assumed", note="TCP on the host; calibrate"),
+)}
+
+# Collectives of tensor parallelism on top of the graph's time: fraction of link rate and fixed seconds. nccl-tests and
+# CUDA-graph replays on 8 x H200: all-reduce 128 KiB 21 us, 2 MiB 37 us, 32 MiB 197 us; 512 MiB 2.04 ms.
+TP_EFFICIENCY, TP_BASE_S = 0.80, 6e-6
+# Point-to-point KV transfer: 4 GB in 31.65 ms over 8 rails of 400G (0.36 of NIC: copies staged), 146 MB in 1.5 ms.
+KV_EFFICIENCY, KV_BASE_S = 0.9, 0.5e-3

@@ -1,0 +1,195 @@
+"""Which experts tokens go to: popularity by layer, loads by rank, and the chance that a token touches a rank or a node.
+
+Legend of shapes: L MoE layers (or distinct ones), E experts, S slots (physical experts), R ranks, G groups.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from twin.cost.batch import Array
+from twin.policy.placement import Placement, linear, place_global, place_hierarchical
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec, MoE
+from twin.spec.plan import PoolPlan
+from twin.spec.scenario import Routing
+
+Ints = npt.NDArray[np.int64]
+_MAX_SUBSETS = 512  # more selections of groups than this are sampled
+
+
+def popularity(model: ModelSpec, routing: Routing, seed: int = 0) -> Array:
+    """Share of the token-expert pairs that each expert gets, rows sum to 1: [L, E].
+
+    A single row when all layers are alike (uniform). zipf: share ~ rank^-alpha; lognormal: exp(sigma z); each layer
+    orders its experts by its own permutation. matrix: from a CSV, one row a layer (rows are reused in turn when the
+    model has more layers). Raises SpecError for a file that does not fit.
+    """
+    assert model.moe is not None
+    experts, layers = model.moe.experts, model.moe_layers
+    if routing.kind == "matrix":
+        return _from_file(Path(routing.file or ""), experts, layers)
+    if routing.kind == "uniform" or (routing.kind == "zipf" and routing.alpha == 0) or \
+            (routing.kind == "lognormal" and routing.sigma == 0):
+        return np.full((1, experts), 1.0 / experts)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0x65787065]))  # the stream named "expe"
+    if routing.kind == "zipf":
+        base = np.arange(1, experts + 1, dtype=float) ** -routing.alpha
+        weights = np.stack([rng.permutation(base) for _ in range(layers)])
+    else:
+        weights = np.exp(routing.sigma * rng.standard_normal((layers, experts)))
+    # no expert gets more than one of a token's top-k choices
+    return _capped(weights / weights.sum(axis=1, keepdims=True), 1.0 / model.moe.top_k)
+
+
+def _capped(shares: Array, cap: float) -> Array:
+    """Shares with none above `cap`, the excess spread over the others in proportion."""
+    for _ in range(64):
+        over = shares > cap
+        if not over.any():
+            break
+        clipped = np.where(over, cap, 0.0)
+        rest = np.where(over, 0.0, shares)
+        room = 1.0 - clipped.sum(axis=1, keepdims=True)
+        shares = clipped + rest * room / np.maximum(rest.sum(axis=1, keepdims=True), 1e-300)
+    return np.minimum(shares, cap)
+
+
+def _from_file(path: Path, experts: int, layers: int) -> Array:
+    try:
+        with path.open(newline="", encoding="utf-8") as handle:
+            rows = [row for row in csv.reader(handle) if row]
+    except (OSError, UnicodeDecodeError) as err:
+        raise SpecError(f"cannot read the expert loads: {err}", file=path, field="routing.file") from None
+    try:
+        table = np.array([[float(cell) for cell in row] for row in rows])
+    except ValueError:
+        try:  # one header line
+            table = np.array([[float(cell) for cell in row] for row in rows[1:]])
+        except ValueError as err:
+            raise SpecError(f"not a table of numbers: {err}", file=path, field="routing.file") from None
+    if table.ndim != 2 or table.shape[1] != experts:
+        raise SpecError(f"expert loads have shape {table.shape}", file=path, field="routing.file",
+                        expected=f"one row a layer, {experts} columns")
+    if not np.isfinite(table).all() or (table < 0).any() or (table.sum(axis=1) <= 0).any():
+        raise SpecError("expert loads must be finite, not negative, and not all zero in a layer", file=path, field="routing.file")
+    table = table / table.sum(axis=1, keepdims=True)
+    return np.asarray(table[np.arange(layers) % len(table)])
+
+
+def place(model: ModelSpec, pool: PoolPlan, popularity_LE: Array, domains: int) -> Placement:
+    """The pool's placement over its EP ranks, for the popularity that it was made from: [L, S] slots."""
+    assert model.moe is not None
+    moe = model.moe
+    slots = moe.experts + pool.redundant_experts
+    if pool.placement == "linear":
+        return linear(len(popularity_LE), moe.experts, pool.ep, pool.redundant_experts)
+    if pool.placement == "eplb_hierarchical" and pool.ep % domains == 0 and slots % domains == 0:
+        return place_hierarchical(popularity_LE, slots, pool.ep, domains, moe.groups)
+    return place_global(popularity_LE, slots, pool.ep)
+
+
+def slot_shares(popularity_LE: Array, placement: Placement) -> Array:
+    """Share of the pairs by slot, replicas of an expert sharing evenly: [L, S]."""
+    each = popularity_LE / placement.replica_count
+    return np.take_along_axis(each, placement.slot_to_logical, axis=1)
+
+
+def touch_probability(moe: MoE, popularity_E: Array, slot_expert_S: Ints, owner_S: Ints, owners: int) -> Array:
+    """Chance that a token has at least one of its top-k on each owner (a rank, or a node): [owners].
+
+    k draws without replacement: after i draws what is left weighs 1 - i x (mean share of a drawn expert), so an owner
+    of share s stays untouched with probability prod(1 - s / left_i): exact for equal experts. Group-limited routing
+    averages over the sets of groups a token may keep.
+    """
+    experts = moe.experts
+    copies = np.bincount(slot_expert_S, minlength=experts)
+    by_slot = (popularity_E / np.maximum(copies, 1))[slot_expert_S]
+    group_of_slot = slot_expert_S // (experts // moe.groups)
+    share_OG = np.zeros((owners, moe.groups))
+    np.add.at(share_OG, (owner_S, group_of_slot), by_slot)
+    group_share = popularity_E.reshape(moe.groups, -1).sum(axis=1)
+    square = (popularity_E**2).reshape(moe.groups, -1).sum(axis=1)
+    keep, weight = _group_sets(moe.groups, moe.top_k_groups, group_share)
+    kept = keep @ group_share  # [sets]
+    size_biased = (keep @ square) / kept**2  # expected share of the expert just drawn
+    share = (share_OG @ keep.T) / kept  # [owners, sets]
+    untouched = np.ones(share.shape)
+    for i in range(moe.top_k):
+        left = np.maximum(1.0 - i * size_biased, 1e-12)
+        untouched *= np.clip(1.0 - share / left, 0.0, 1.0)
+    return np.asarray((1.0 - untouched) @ weight)
+
+
+def _group_sets(groups: int, keep: int, share_G: Array) -> tuple[Array, Array]:
+    """Sets of groups that a token may keep, as 0/1 rows [sets, G], and their chances, popular groups more often."""
+    if keep >= groups:
+        return np.ones((1, groups)), np.ones(1)
+    if math.comb(groups, keep) <= _MAX_SUBSETS:
+        members = np.array(list(itertools.combinations(range(groups), keep)))
+    else:
+        rng = np.random.default_rng(0)
+        members = np.stack([rng.permutation(groups)[:keep] for _ in range(_MAX_SUBSETS)])
+    rows = np.zeros((len(members), groups))
+    rows[np.arange(len(members))[:, None], members] = 1.0
+    weight = np.prod(share_G[members] * groups, axis=1)
+    return rows, weight / weight.sum()
+
+
+def sample_top_k(moe: MoE, popularity_E: Array, tokens: int, rng: np.random.Generator) -> Ints:
+    """Expert choices of `tokens` tokens, [tokens, k]: Gumbel top-k by popularity, group-limited as the gate does it
+    (a group's score is the sum of its two best). Marginals follow `popularity` for one draw."""
+    scores = np.log(np.maximum(popularity_E, 1e-30)) + rng.gumbel(size=(tokens, moe.experts))
+    if moe.top_k_groups < moe.groups:
+        grouped = scores.reshape(tokens, moe.groups, -1)
+        best_two = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+        kept = np.argpartition(-best_two, moe.top_k_groups - 1, axis=1)[:, : moe.top_k_groups]
+        mask = np.full((tokens, moe.groups), -np.inf)
+        np.put_along_axis(mask, kept, 0.0, axis=1)
+        scores = (grouped + mask[:, :, None]).reshape(tokens, -1)
+    return np.argpartition(-scores, moe.top_k - 1, axis=1)[:, : moe.top_k].astype(np.int64)
+
+
+def expected_max(mean_LR: Array, variance_LR: Array, ranks_kept: int = 12) -> Array:
+    """Expected largest of independent normal loads, by row: [L]. Where means differ, the likeliest winners are kept."""
+    mean, std = mean_LR, np.sqrt(np.maximum(variance_LR, 1e-30))
+    if mean.shape[1] == 1:
+        return np.asarray(mean[:, 0])
+    if np.allclose(mean, mean[:, :1], rtol=1e-9) and np.allclose(std, std[:, :1], rtol=1e-9):
+        one = np.zeros((1, mean.shape[1]))
+        return np.asarray(mean[:, 0] + std[:, 0] * _integrate_max(one, one + 1.0, 65)[0])
+    if mean.shape[1] > ranks_kept:
+        top = np.argpartition(-(mean + 2 * std), ranks_kept - 1, axis=1)[:, :ranks_kept]
+        mean, std = np.take_along_axis(mean, top, 1), np.take_along_axis(std, top, 1)
+    return _integrate_max(mean, std, 17)
+
+
+def _integrate_max(mean: Array, std: Array, points: int) -> Array:
+    """E[max] = high - integral of prod F(x) over [low, high], which hold all but 1e-5 of the mass."""
+    low = (mean - 4.5 * std).max(axis=1)
+    high = (mean + 4.5 * std).max(axis=1)
+    x = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, points)
+    below = np.prod(_normal_cdf((x[:, None, :] - mean[:, :, None]) / std[:, :, None]), axis=1)
+    return np.asarray(high - np.trapezoid(below, x, axis=1))
+
+
+def _normal_cdf(z: Array) -> Array:
+    """Normal distribution function, error below 1e-4 (Abramowitz and Stegun 26.2.17 in its cheap form)."""
+    t = 1.0 / (1.0 + 0.33267 * np.abs(z))
+    tail = np.exp(-(z**2) / 2) * t * (0.4361836 + t * (-0.1201676 + t * 0.9372980)) / math.sqrt(2 * math.pi)
+    return np.asarray(np.where(z > 0, 1.0 - tail, tail))
+
+
+def load_variance(moe: MoE, tokens: Array, rank_shares: Array) -> Array:
+    """Variance of a rank's pairs when tokens route independently.
+
+    A token's k draws without replacement leave k s (1 - s) (E - k) / (E - 1) of variance to a rank of share s.
+    """
+    shrink = (moe.experts - moe.top_k) / max(moe.experts - 1, 1)
+    return np.asarray(tokens * moe.top_k * rank_shares * (1 - rank_shares) * shrink)
