@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +33,8 @@ from runtime.gateway_schema import MAX_CHOICES, ChatRequest, CompletionRequest, 
 from runtime.gateway_text import ChoiceSpec, Engine
 from runtime.metrics import CONTENT_TYPE, ServiceMetrics
 from runtime.tokenizer import Tokenizer, load_tokenizer
+from runtime.types import FrontendStats
+from twin.policy.admission import Admission
 from twin.spec.errors import EptwinError
 
 API_KEY_VARIABLE = "EPTWIN_API_KEY"
@@ -43,12 +45,14 @@ _THREAD_CHARS = 16_384
 @dataclass(frozen=True)
 class GatewaySettings:
     """Limits of one service. `max_context` is prompt plus output in tokens; `default_max_tokens` is the output limit of
-    a request that states none; `max_outstanding` counts sequences in flight (running or waiting)."""
+    a chat request that states none; `max_outstanding` counts sequences in flight (running or waiting),
+    `max_outstanding_tokens` their prompts plus allowed outputs."""
 
     model_name: str
     max_context: int
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     max_outstanding: int = 1024
+    max_outstanding_tokens: int | None = None
     default_max_tokens: int = 1024
     max_body_bytes: int = 1 << 20
     max_header_bytes: int = 32 << 10
@@ -116,8 +120,8 @@ def create_app(frontend_factory: Callable[[], Engine], tokenizer: Tokenizer, set
     """The ASGI app. `app.state` has `engine` (once started), `desk` and `metrics`."""
     app = FastAPI(title="eptwin", description="An OpenAI-compatible service of one plan.", docs_url=None, redoc_url=None,
                   lifespan=_lifespan)
-    desk = Desk(settings.max_outstanding, settings.write_timeout_s)
-    metrics = ServiceMetrics(settings.model_name, lambda: app.state.engine.stats())
+    desk = Desk(Admission(settings.max_outstanding, settings.max_outstanding_tokens), settings.write_timeout_s)
+    metrics = ServiceMetrics(settings.model_name, lambda: _stats(app))
     app.state.desk, app.state.metrics, app.state.engine, app.state.factory = desk, metrics, None, frontend_factory
     app.add_middleware(Guard, api_key=settings.api_key, metrics=metrics, max_body_bytes=settings.max_body_bytes,
                        max_header_bytes=settings.max_header_bytes, body_timeout_s=settings.body_timeout_s)
@@ -128,6 +132,10 @@ def create_app(frontend_factory: Callable[[], Engine], tokenizer: Tokenizer, set
     _add_completions(app, _Counter(settings, tokenizer, app))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _stats(app: FastAPI) -> FrontendStats:
+    return FrontendStats() if app.state.engine is None else app.state.engine.stats()
 
 
 async def _start_engine(app: FastAPI) -> None:

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,40 +22,55 @@ from runtime.gateway_http import HttpError, send_error, send_json, to_http
 from runtime.gateway_text import ChoiceSpec, Engine, Piece, generate
 from runtime.metrics import ServiceMetrics
 from runtime.tokenizer import Tokenizer
+from twin.policy.admission import Admission
 from twin.spec.errors import Overloaded
 
 _MERGE_BOUND = 64
 """Pieces of a many-choice answer that wait for the reader before the choices wait too."""
-_RETRY_AFTER_S = 1.0
+_NOT_READY_RETRY_S = 5.0
 
 
 @dataclass
 class Desk:
-    """Who is being served. Refuses beyond `max_outstanding` sequences (429), while not ready and while draining (503),
-    and cuts off readers that take nothing for `write_timeout_s`, so that what they leave unread stays bounded."""
+    """Who is being served. Admits as the policy says (429 beyond), nobody while not ready or draining (503), and cuts
+    off readers that take nothing for `write_timeout_s`, so that what they leave unread stays bounded. `outstanding`
+    counts sequences, `outstanding_tokens` their prompts and allowed outputs."""
 
-    max_outstanding: int
+    admission: Admission
     write_timeout_s: float
     ready: bool = False
     draining: bool = False
     outstanding: int = 0
+    outstanding_tokens: int = 0
+    _left: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     _writing: dict[asyncio.Task[Any], float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def seat(self, sequences: int) -> Any:
-        """Hold places for `sequences`; raises Overloaded when there are none."""
+    def seat(self, choices: Sequence[ChoiceSpec]) -> Iterator[None]:
+        """Hold places for all choices of a request or none; raises Overloaded when there are none."""
         if self.draining or not self.ready:
-            raise Overloaded("not accepting requests", retry_after_s=5.0, status=503)
-        if self.outstanding + sequences > self.max_outstanding:
-            raise Overloaded("too many requests in flight", retry_after_s=_RETRY_AFTER_S, status=429)
-        self.outstanding += sequences
+            raise Overloaded("not accepting requests", retry_after_s=_NOT_READY_RETRY_S, status=503)
+        tokens = sum(len(choice.prompt_ids) + choice.params.max_tokens for choice in choices)
+        decision = self.admission.decide(self.outstanding + len(choices) - 1, self.outstanding_tokens, tokens,
+                                         requests_per_s=self._leaving_per_s())
+        if not decision.admitted:
+            raise Overloaded(decision.reason, retry_after_s=decision.retry_after_s, status=429)
+        self.outstanding += len(choices)
+        self.outstanding_tokens += tokens
         try:
             yield
         finally:
-            self.outstanding -= sequences
+            self.outstanding -= len(choices)
+            self.outstanding_tokens -= tokens
+            self._left.append(time.monotonic())
+
+    def _leaving_per_s(self) -> float:
+        """Requests that ended per second, over the last few; 0 when unknown."""
+        span_s = time.monotonic() - self._left[0] if self._left else 0.0
+        return len(self._left) / span_s if span_s > 0 else 0.0
 
     @contextlib.contextmanager
-    def writer(self) -> Any:
+    def writer(self) -> Iterator[asyncio.Task[Any]]:
         """Marks the current task as one that writes to a client; see `wrote`."""
         task = asyncio.current_task()
         assert task is not None
@@ -115,7 +131,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._desk.seat(len(self._job.choices)):
+            with self._desk.seat(self._job.choices):
                 worker = asyncio.create_task(self._stream(send) if self._job.stream else self._whole(send))
                 watcher = asyncio.create_task(_until_gone(receive))
                 try:

@@ -33,7 +33,8 @@ def test_both_forms_open(url: str, value: str) -> None:
     assert call(url, "/v1/models", Authorization=value)[0] == 200
 
 
-@pytest.mark.parametrize("value", ["", "s3cre", "s3crets", "Bearer", "Bearer ", "Basic s3cret", "Bearer Bearer s3cret", "\xff\xfe"])
+@pytest.mark.parametrize("value", ["", "s3cre", "s3crets", "Bearer", "Bearer ", "Basic s3cret", "Bearer Bearer s3cret",
+                                   "\xff\xfe"])
 def test_wrong_keys_do_not(url: str, value: str) -> None:
     assert call(url, "/v1/models", Authorization=value)[0] == 401
 

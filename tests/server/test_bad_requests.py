@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
@@ -96,10 +97,9 @@ def service() -> Iterator[tuple[str, FakeEngine]]:
 def post(url: str, path: str, body: bytes | Iterator[bytes], **headers: str) -> tuple[int, bytes, float]:
     connection = HTTPConnection(url.removeprefix("http://"), timeout=10)
     start = time.monotonic()
-    try:
+    # A refusal may come before all of the body is sent; then the answer is there to read.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # refused before all of the body was sent; the answer may be there to read
     response = connection.getresponse()
     data = response.read()
     connection.close()

@@ -21,7 +21,7 @@ LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 STEP_S = 0.02
 
 
-def run(coroutine):  # noqa: ANN001, ANN201
+def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
