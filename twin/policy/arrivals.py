@@ -22,9 +22,14 @@ _CHUNK = 4096
 
 def named_stream(seed: int, name: str) -> np.random.Generator:
     """The generator of one named purpose. The same (seed, name) gives the same numbers in every process."""
+    return np.random.Generator(np.random.PCG64(named_seed(seed, name)))
+
+
+def named_seed(seed: int, name: str) -> np.random.SeedSequence:
+    """What `named_stream` starts from, for those who make their own generator."""
     digest = blake2b(name.encode(), digest_size=16).digest()
     key = tuple(int.from_bytes(digest[i:i + 4], "little") for i in range(0, 16, 4))
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
+    return np.random.SeedSequence(seed, spawn_key=key)
 
 
 @dataclass(frozen=True)

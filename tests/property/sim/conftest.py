@@ -1,0 +1,6 @@
+"""Makes `tests/sim_kit.py` importable from here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(next(p for p in Path(__file__).parents if p.name == "tests")))

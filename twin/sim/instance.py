@@ -1,0 +1,346 @@
+"""An instance: DP ranks that step together, the slowest setting the pace, as a SimPy process.
+
+Ranks are touched only when something changes there. A rank whose scheduler promises so many decode steps without change
+(`decode_only_steps`) is a row of arrays until then: `lag` counts the steps it has yet to be told of. When all ranks are
+in that state the instance takes as many steps at once as the nearest promise allows; whatever arrives meanwhile cuts the
+run at the next step boundary. Both are exact: `coalesce=False` steps one by one with the same results (tested).
+What comes from outside (requests, hand-overs) waits in `inbox` until a boundary, as it does in a real engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from twin.cost.batch import StepBatch, StepCost
+from twin.policy.steps import StepPlan
+from twin.sim.clock import FIRST_INSTANCE_PHASE, Clock
+from twin.sim.rank import Handover, Rank
+from twin.sim.request import Request
+from twin.sim.steplog import StepLog
+from twin.spec.plan import PoolPlan
+
+NEVER = np.int64(1) << 62
+_LONGEST_RUN = 1024
+
+
+class StepCosts(Protocol):
+    """What an instance asks of a cost model."""
+
+    def step(self, batch: StepBatch) -> StepCost: ...
+    def step_s(self, batch: StepBatch) -> float: ...
+    def decode_s(self, seqs: NDArray[np.int64], context: NDArray[np.int64]) -> NDArray[np.float64]: ...
+
+
+class Listener(Protocol):
+    """Who is told what happens to requests. `first_token` comes before `finished` or `prefilled`."""
+
+    def first_token(self, request: Request, instance: Instance) -> None: ...
+    def prefilled(self, request: Request, instance: Instance, rank: int) -> None: ...
+    def finished(self, request: Request, instance: Instance, rank: int) -> None: ...
+    def preempted(self, request: Request, instance: Instance) -> None: ...
+    def stepped(self, instance: Instance, run: Run) -> None: ...
+
+
+@dataclass(slots=True)
+class Run:
+    """Steps in flight: `planned` ranks do what their plans say (then it is one step), all others decode.
+
+    `batch`: what each rank does in the first of the steps; decode contexts grow by `decode_seqs` a step.
+    `first`: index of the first step in the log, once it is logged.
+    """
+
+    start_s: float
+    ends_s: NDArray[np.float64]
+    step_s: NDArray[np.float64]
+    steps: int
+    batch: StepBatch
+    planned: list[tuple[int, StepPlan]]
+    first: int = -1
+
+
+class Instance:
+    """`number` orders the instances of the whole service; `gpus` are the cluster's that it sits on."""
+
+    def __init__(self, clock: Clock, number: int, pool_index: int, pool: PoolPlan, costs: StepCosts, kv_blocks: int,
+                 gpus: tuple[int, ...], requests: dict[int, Request], listener: Listener,
+                 mtp_stream: np.random.Generator, *, coalesce: bool = True) -> None:
+        self.clock, self.number, self.pool_index, self.pool, self.costs = clock, number, pool_index, pool, costs
+        self.gpus, self.requests, self.listener, self.coalesce = gpus, requests, listener, coalesce
+        self.phase = FIRST_INSTANCE_PHASE + number
+        self.ranks = [Rank(pool, kv_blocks) for _ in range(pool.dp)]
+        self.log = StepLog()
+        self.segments: list[tuple[int, int, int]] = []  # (request, first step, last step) that gave it one token each
+        self.preemptions = 0
+        self.inbox: list[tuple[int, Request | Handover]] = []
+        self._mtp = mtp_stream
+        self._seqs, self._context, self._other, self._waiting, self._lag = np.zeros((5, pool.dp), dtype=np.int64)
+        self._horizon = np.full(pool.dp, NEVER, dtype=np.int64)
+        self._run: Run | None = None
+        self._asleep: simpy.Event | None = None
+        self._ahead = 64  # steps worth computing at once: follows how far runs get before they are cut
+        self.process = clock.process(self._work())
+
+    # What others may do.
+
+    def enqueue(self, rank: int, item: Request | Handover) -> None:
+        """Hand a request, or a hand-over that needs memory, to a rank; it is looked at between steps."""
+        self.inbox.append((rank, item))
+        self.disturb()
+
+    def release(self, rank: int, request_id: int) -> None:
+        """The KV of a prefilled request has left."""
+        self.ranks[rank].release(request_id)
+        self.disturb()
+
+    def landed(self, rank: int, request: Request) -> None:
+        """The KV of a request has arrived in the memory that it was given: it may decode from the next step on."""
+        self.ranks[rank].incoming.remove(request.id)
+        self.enqueue(rank, request)
+
+    def kv_usage(self) -> NDArray[np.float64]:
+        """Share of each rank's KV memory in use after the last step that is done, [dp]."""
+        tokens = self._other + self._context
+        if self._run is not None and self._run.steps > 1:
+            tokens = tokens + self._steps_done(self._run) * self._seqs
+        return np.asarray(tokens / self.ranks[0].capacity_tokens)
+
+    def sync(self, rank: int) -> None:
+        """Tell a rank's scheduler of the decode steps that are done, so that its state can be looked at."""
+        lag = int(self._lag[rank])
+        if lag:
+            left = self.ranks[rank].advance(lag)
+            assert not left, "a request ended inside a promised run"
+            self._lag[rank] = 0
+
+    def disturb(self) -> None:
+        """Something changed: wake up, or end the run at the next step boundary."""
+        if self._asleep is not None:
+            sleeper, self._asleep = self._asleep, None
+            self.clock.at(self.clock.now, self.phase, sleeper)
+        elif self._run is not None and self._run.steps > 1:
+            run = self._run
+            steps = self._steps_done(run) + 1
+            if steps < run.steps:
+                run.steps = steps
+                self.process.interrupt()
+
+    def _steps_done(self, run: Run) -> int:
+        """Steps of the run in flight that have ended; a boundary at this very moment has when its phase is over."""
+        side: Literal["left", "right"] = "left" if self.clock.phase < self.phase else "right"
+        return int(np.searchsorted(run.ends_s[:run.steps], float(self.clock.now), side))
+
+    # The process.
+
+    def _work(self) -> Generator[simpy.Event, Any, None]:
+        while True:
+            self.clock.phase = self.phase
+            run = self._begin()
+            self.clock.phase = 0
+            if run is None:
+                self._asleep = self.clock.event()
+                yield self._asleep
+                continue
+            self._run = run
+            while True:
+                try:
+                    yield self.clock.at(float(run.ends_s[run.steps - 1]), self.phase)
+                    break
+                except simpy.Interrupt:
+                    pass  # the run was cut: wait for its new end
+            self._run = None
+            self.clock.phase = self.phase
+            self._end(run)
+
+    def _begin(self) -> Run | None:
+        """Take in what came, schedule the ranks whose promise is over, and start a run; None when nothing can run."""
+        self._read_inbox()
+        planned = []
+        for rank in np.flatnonzero(self._horizon == 0).tolist():
+            plan = self.ranks[rank].schedule(self.pool.mtp_draft_tokens)
+            self._book_preempted(rank, plan)
+            self._measure(rank)
+            if not plan.is_empty:
+                planned.append((rank, plan))
+        if planned:
+            return self._start(1, planned)
+        steps = self._horizon.min(where=self._horizon > 0, initial=NEVER)
+        return None if steps == NEVER else self._start(min(int(steps), self._ahead), [])
+
+    def _start(self, steps: int, planned: list[tuple[int, StepPlan]]) -> Run:
+        batch = self._batch(planned)
+        if batch.prefill_seqs.any():
+            step_s = np.array([self.costs.step_s(batch)])
+        else:
+            grown = np.arange(steps)[:, None] * self._seqs
+            step_s = self.costs.decode_s(np.broadcast_to(self._seqs, grown.shape), self._context + grown)
+        now = self.clock.now
+        ends_s = np.cumsum(np.concatenate([[now], step_s]))[1:]  # one addition after the other, as single steps do
+        for _, plan in planned:
+            for chunk in plan.prefill:
+                request = self.requests[chunk.request_id]
+                if request.prefill_start_s is None:
+                    request.prefill_start_s = now
+        return Run(now, ends_s, step_s, steps, batch, planned)
+
+    def _batch(self, planned: list[tuple[int, StepPlan]]) -> StepBatch:
+        prefill = np.zeros((3, self.pool.dp))
+        for rank, plan in planned:
+            for chunk in plan.prefill:
+                prefill[:, rank] += chunk.tokens, chunk.tokens * (chunk.start + chunk.tokens / 2), 1
+        return StepBatch(self._seqs.copy(), self._context.copy(), prefill[0], prefill[1], prefill[2])
+
+    def _end(self, run: Run) -> None:
+        """Book the steps that were done, in the order of ranks."""
+        if not run.planned:
+            cut = run.steps < len(run.ends_s)
+            self._ahead = max(8, 2 * run.steps) if cut else min(_LONGEST_RUN, max(self._ahead, 4 * run.steps))
+        run.first = self._log_run(run)
+        plans = dict(run.planned)
+        lazy = self._seqs > 0
+        lazy[list(plans)] = False
+        self._lag[lazy] += run.steps
+        self._horizon[lazy] -= run.steps
+        self._context[lazy] += run.steps * self._seqs[lazy]
+        ended = lazy & (self._horizon == 0)
+        for rank in sorted([*plans, *np.flatnonzero(ended).tolist()]):
+            if rank in plans:
+                self._complete(rank, plans[rank])
+            else:
+                left = self.ranks[rank].advance(int(self._lag[rank]))
+                self._lag[rank] = 0
+                self._book_left(rank, left)
+            self._hand_over(rank)
+            self._look_at(rank)
+        self.listener.stepped(self, run)
+
+    def _complete(self, rank: int, plan: StepPlan) -> None:
+        accepted = self._draw_accepted(plan) if self.pool.mtp_draft_tokens and plan.decode else None
+        last = len(self.log) - 1
+        if accepted:
+            self.log.column("output_tokens")[last] += sum(accepted.values()) - len(plan.decode)
+        self._book_joined(plan, last)
+        hold = set()
+        for chunk in plan.prefill:
+            if chunk.is_last:
+                request = self.requests[chunk.request_id]
+                self._book_prefilled(rank, request, last)
+                if self.pool.role == "prefill" and request.osl > 1:
+                    hold.add(request.id)
+        self._book_left(rank, self.ranks[rank].complete(plan, accepted=accepted, hold=hold))
+
+    def _draw_accepted(self, plan: StepPlan) -> dict[int, int]:
+        """Tokens each decode gives: one, and drafts up to the first that is refused, each accepted by chance."""
+        drafts = self.pool.mtp_draft_tokens
+        kept = self._mtp.random((len(plan.decode), drafts)) < self.pool.mtp_acceptance
+        gains = 1 + np.logical_and.accumulate(kept, axis=1).sum(axis=1)
+        return dict(zip(plan.decode, np.minimum(gains, plan.decode_tokens).tolist(), strict=True))
+
+    # Bookkeeping of one rank.
+
+    def _read_inbox(self) -> None:
+        inbox, self.inbox = self.inbox, []
+        for rank, item in inbox:
+            self.sync(rank)
+            if isinstance(item, Handover):
+                self.ranks[rank].handovers.append(item)
+            elif self.pool.role == "prefill":
+                self.ranks[rank].add(item.id, item.isl, 1, computed_tokens=item.cached_tokens)
+            elif self.pool.role == "decode":
+                self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.isl, generated_tokens=1)
+            else:
+                self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.cached_tokens)
+        for rank in sorted({rank for rank, _ in inbox}):
+            self._hand_over(rank)
+            self._look_at(rank)
+
+    def _hand_over(self, rank: int) -> None:
+        if self.ranks[rank].handovers:
+            for handover in self.ranks[rank].take_handovers():
+                handover.start()
+
+    def _measure(self, rank: int) -> None:
+        """Refresh the arrays of a rank from its scheduler, which must be in step (lag 0)."""
+        at = self.ranks[rank]
+        self._seqs[rank], self._context[rank] = at.num_decoding, at.decode_context
+        self._other[rank], self._waiting[rank] = at.other_kv_tokens, at.num_waiting
+
+    def _look_at(self, rank: int) -> None:
+        """Measure a rank and ask it how long nothing will change there."""
+        self._measure(rank)
+        at = self.ranks[rank]
+        if at.is_idle:
+            self._horizon[rank] = NEVER
+        elif self.coalesce and not self.pool.mtp_draft_tokens:
+            self._horizon[rank] = at.decode_only_steps()
+        else:
+            self._horizon[rank] = 0
+
+    def _log_run(self, run: Run) -> int:
+        steps = run.steps
+        batch = run.batch
+        kv = np.minimum(self._other + batch.decode_context + batch.decode_seqs * ((self.pool.block_tokens - 1) // 2)
+                        + np.arange(steps)[:, None] * batch.decode_seqs, self.ranks[0].capacity_tokens)
+        last_chunks = sum(chunk.is_last for _, plan in run.planned for chunk in plan.prefill)
+        seqs = int(batch.decode_seqs.sum())
+        return self.log.append(
+            steps, end_s=run.ends_s[:steps], step_s=run.step_s[:steps], decode_seqs=seqs,
+            prefill_tokens=float(batch.prefill_tokens.sum()), output_tokens=seqs + last_chunks,
+            kv_tokens=kv.sum(axis=1), kv_tokens_fullest=kv.max(axis=1),
+            waiting=float(self._waiting.sum()))
+
+    # Bookkeeping of requests.
+
+    def _book_preempted(self, rank: int, plan: StepPlan) -> None:
+        for request_id in plan.preempted:
+            request = self.requests[request_id]
+            self.preemptions += 1
+            self.ranks[rank].preempted.add(request_id)
+            request.preemptions += 1
+            self._close_segment(request, len(self.log) - 1)
+            self.listener.preempted(request, self)
+
+    def _book_joined(self, plan: StepPlan, step: int) -> None:
+        """Hand-overs that decode for the first time stand at the end of the plan."""
+        for request_id in reversed(plan.decode):
+            request = self.requests[request_id]
+            if request.segment is not None:
+                break
+            assert request.last_token_s is not None, "a sequence decodes before its first token"
+            request.saw_gap(self.clock.now - request.last_token_s)
+            request.segment = step + 1
+
+    def _book_prefilled(self, rank: int, request: Request, step: int) -> None:
+        """A prompt, or what a pre-empted request had, is computed: a token comes out."""
+        if request.last_token_s is not None:
+            request.saw_gap(self.clock.now - request.last_token_s)
+        self.ranks[rank].preempted.discard(request.id)
+        request.last_token_s = self.clock.now
+        request.segment = step + 1
+        if request.first_token_s is None:
+            request.first_token_s = self.clock.now
+            self.listener.first_token(request, self)
+
+    def _book_left(self, rank: int, left: list[int]) -> None:
+        for request_id in left:
+            request = self.requests[request_id]
+            self._close_segment(request, len(self.log) - 1)
+            if self.pool.role == "prefill" and request.osl > 1:
+                self.listener.prefilled(request, self, rank)
+            else:
+                request.finish_s = self.clock.now
+                request.status = "ok"
+                self.listener.finished(request, self, rank)
+
+    def _close_segment(self, request: Request, last: int) -> None:
+        first, request.segment = request.segment, None
+        if first is None or last < first:
+            return
+        self.segments.append((request.id, first, last))
+        request.last_token_s = float(self.log.column("end_s")[last])
+        request.saw_steps(self.log.longest_s(first, last))
