@@ -11,7 +11,7 @@ from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
 from twin.cost.comm import Exchange, Reach, compile_exchange
 from twin.cost.engines import Engine
-from twin.cost.experts import ExpertCost, expert_cost, expert_work
+from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Protocol
@@ -82,39 +82,53 @@ def draft_model(model: ModelSpec) -> ModelSpec:
                                     "layer_ffn": ("moe",) if model.moe is not None else ("dense",)})
 
 
-def build_stack(site: Site, model: ModelSpec, *, compute_share: float = 1.0, draft: bool = False) -> Stack:
+@dataclass(frozen=True)
+class Shared:
+    """What all stacks of a site share: how expert work grows with tokens, and the exchanges of one layer."""
+
+    work: ExpertWork | None
+    exchanges: tuple[tuple[str, Exchange], ...]
+
+
+def build_shared(site: Site) -> Shared:
+    """Compile what does not depend on the GPU's rates."""
+    model = site.model
+    if model.moe is None or not model.moe_layers:
+        return Shared(None, ())
+    assert site.popularity_LE is not None and site.placement is not None
+    names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
+    found = [(name, exchange) for name, exchange in zip(names, exchanges(site), strict=True) if exchange is not None]
+    return Shared(expert_work(model, site.placement, site.popularity_LE), tuple(found))
+
+
+def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: float = 1.0, draft: bool = False) -> Stack:
     """Compile the layers of `model` (the site's own, or its MTP module)."""
     s = Slice(model, site.precision, site.pool.tp)
     ops: list[Op] = rank_ops(s)
     if draft:  # hidden state and embedding of the last token, joined
         ops.append(gemm("mtp/projection", s, 2 * model.hidden**2 / site.pool.tp, 3 * model.hidden, 1))
     table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
-    shared = np.array([op.key == "moe/shared" for op in ops], dtype=float)
+    beside = np.array([op.key == "moe/shared" for op in ops], dtype=float)
     experts: ExpertCost | None = None
-    dispatch = combine = None
-    if model.moe is not None and model.moe_layers:
-        assert site.popularity_LE is not None and site.placement is not None
+    if shared.work is not None:
         rates = site.efficiency
-        experts = expert_cost(expert_work(model, site.placement, site.popularity_LE), model, site.precision, site.pool, site.gpu,
+        experts = expert_cost(shared.work, model, site.precision, site.pool, site.gpu,
                               rates.get("experts", rates["default"]), rates.get("elementwise", rates["default"]),
                               site.launch_s, model.moe_layers, compute_share)
-        dispatch, combine = exchanges(site, model)
     collectives = tuple(tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R))
-    names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
-    found = [(name, exchange) for name, exchange in zip(names, (dispatch, combine), strict=True) if exchange is not None]
-    return Stack(table, collectives, experts, tuple(found), model.moe_layers, shared)
+    return Stack(table, collectives, experts, shared.exchanges, model.moe_layers, beside)
 
 
-def exchanges(site: Site, model: ModelSpec) -> tuple[Exchange | None, Exchange | None]:
+def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
     """Dispatch and combine of one MoE layer. None, None when all of an instance's tokens are where its experts are."""
-    pool = site.pool
+    pool, model = site.pool, site.model
     if pool.ep == 1 and pool.dp == 1:
         return None, None
     protocol = site.protocol if pool.ep > 1 else PROTOCOLS["ag_rs" if site.gpu.kind == "gpu" else "gloo"]
     # tokens of a DP rank are on all its TP ranks: each sends its part, once for every rank that shares an expert
     part = (1 if protocol.pattern == "rail_all" else pool.expert_tp) / pool.tp
     senders = np.repeat(np.eye(pool.dp), pool.tp, axis=0) * part
-    reach = reach_of(site, model)
+    reach = reach_of(site)
     scales = model.hidden / 128 * 4 if site.precision.dispatch == "fp8" else 0.0  # an fp32 scale for every 128 elements
     out_bytes = model.hidden * bytes_of(site.precision.dispatch) + scales
     back_bytes = model.hidden * (4.0 if site.precision.weights == "fp32" else 2.0)
@@ -123,10 +137,10 @@ def exchanges(site: Site, model: ModelSpec) -> tuple[Exchange | None, Exchange |
     return made[0], made[1]
 
 
-def reach_of(site: Site, model: ModelSpec) -> Reach:
+def reach_of(site: Site) -> Reach:
     """How a token's top-k spreads over ranks and domains. A rank is one of expert-TP that share an EP rank's experts, and
     receives its part of them: ranks of one EP rank count once between them for the traffic of one TP rank."""
-    moe, pool = model.moe, site.pool
+    moe, pool = site.model.moe, site.pool
     assert moe is not None and site.placement is not None and site.popularity_LE is not None
     etp = pool.expert_tp
     even = np.full(moe.experts, 1.0 / moe.experts)

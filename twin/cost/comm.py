@@ -34,8 +34,8 @@ class Reach:
 class Exchange:
     """One phase of one layer, compiled: seconds a token of each DP rank, by link class, and fixed seconds."""
 
-    nvlink: Array  # [links, d]
-    rdma: Array  # [links, d]
+    nvlink: tuple[Array, Array]  # shared links [k, d] and private ones [d]
+    rdma: tuple[Array, Array]
     fixed_s: float
     source: Source
 
@@ -44,9 +44,14 @@ class Exchange:
 
         Both kinds of link work at once (and forwarding is pipelined), so NVLink shows only where it outlasts RDMA.
         """
-        rdma_s = (tokens @ self.rdma.T).max(axis=-1, initial=0.0)
-        nvlink_s = (tokens @ self.nvlink.T).max(axis=-1, initial=0.0)
+        rdma_s, nvlink_s = _slowest(tokens, self.rdma), _slowest(tokens, self.nvlink)
         return np.maximum(nvlink_s - rdma_s, 0.0), rdma_s
+
+
+def _slowest(tokens: Array, links: tuple[Array, Array]) -> Array:
+    shared, private = links
+    alone: Array = (tokens * private).max(axis=-1)
+    return np.maximum(alone, (tokens @ shared.T).max(axis=-1)) if len(shared) else alone
 
 
 def pattern_traffic(protocol: Protocol, reach: Reach, network: Network, gpus: Ints) -> list[tuple[Array, Array]]:
@@ -113,19 +118,24 @@ def _reverse(network: Network) -> Ints:
     return np.array([place[f"{swap[prefix]}/{index}"] for prefix, index in names])
 
 
-def _largest(seconds: Array) -> Array:
-    """Rows that can be the largest: idle and repeated links dropped. Keeps the order, so results are the same everywhere."""
-    busy = seconds[seconds.any(axis=1)]
+def _largest(seconds: Array) -> tuple[Array, Array]:
+    """(rows [k, d] that several ranks share, the slowest private link of each rank [d]).
+
+    Links that carry the same mix (a GPU's PCIe and its NIC) keep only the slowest; order is kept, so that results are the
+    same everywhere.
+    """
+    used = seconds > 0
+    private = (used.sum(axis=1) == 1)
+    alone = np.where(private[:, None], seconds, 0.0).max(axis=0, initial=0.0)
+    busy = seconds[used.any(axis=1) & ~private]
     if not len(busy):
-        return np.zeros((0, seconds.shape[1]))
-    rows, first = np.unique(busy, axis=0, return_index=True)
-    keep = busy[np.sort(first)]
-    dominated = np.zeros(len(rows), dtype=bool)
-    if len(keep) > 1:  # a row below another everywhere never wins
-        for i in range(len(keep)):
-            above = (keep >= keep[i]).all(axis=1) & (keep > keep[i]).any(axis=1)
-            dominated[i] = bool(above.any())
-    return np.asarray(keep[~dominated[: len(keep)]])
+        return np.zeros((0, seconds.shape[1])), alone
+    peak = busy.max(axis=1)
+    order = np.argsort(-peak, kind="stable")
+    mix = busy[order] / peak[order, None]
+    mark = np.round(mix @ np.sqrt(np.arange(2.0, 2.0 + mix.shape[1])), 7)  # equal mixes have equal marks
+    _, first = np.unique(mark, return_index=True)
+    return busy[order][np.sort(first)], alone
 
 
 def protocol_of(name: str) -> Protocol:

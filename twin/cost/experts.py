@@ -46,14 +46,15 @@ def expert_work(model: ModelSpec, placement: Placement, popularity_LE: Array) ->
     share_LS = slot_shares(popularity_LE, placement)
     share_LR = slots_to_ranks(share_LS, placement)
     ranks = placement.num_ranks
-    pairs_max, hit = np.empty(len(_TOKENS)), np.empty(len(_TOKENS))
+    tokens = _TOKENS[:, None, None]
+    mean = tokens * moe.top_k * share_LR  # [g, L, R]
+    variance = load_variance(moe, tokens, share_LR)
+    largest = expected_max(mean.reshape(-1, ranks), variance.reshape(-1, ranks)).reshape(mean.shape[:2])
+    largest = np.clip(largest, mean.max(axis=2), _TOKENS[:, None] * moe.top_k)
+    pairs_max = largest.mean(axis=1)
     idle_LS = np.log1p(-np.minimum(moe.top_k * share_LS, 1 - 1e-12))
-    for g, tokens in enumerate(_TOKENS):
-        mean = tokens * moe.top_k * share_LR
-        largest = np.minimum(expected_max(mean, load_variance(moe, np.asarray(tokens), share_LR)), tokens * moe.top_k)
-        pairs_max[g] = np.maximum(largest, mean.max(axis=1)).mean()
-        hit_LR = -np.expm1(tokens * idle_LS).reshape(len(share_LS), ranks, -1).sum(axis=2)
-        hit[g] = hit_LR.max(axis=1).mean()
+    hit = -np.expm1(tokens * idle_LS).reshape(len(_TOKENS), len(share_LS), ranks, -1).sum(axis=3)
+    hit = hit.max(axis=2).mean(axis=1)
     return ExpertWork(_TOKENS, pairs_max, _TOKENS * moe.top_k / ranks, np.maximum(hit, 1e-9))
 
 

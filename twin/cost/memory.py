@@ -110,5 +110,6 @@ def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: En
             f"{format_bytes(dense)}, experts {format_bytes(experts)}, activations {format_bytes(live)}",
             constraint="memory", needed=needed, available=allowed, unit="bytes")
     return Memory(hbm_bytes=hbm_bytes, dense_weight_bytes=dense, expert_weight_bytes=experts,
-                  kv_pool_bytes=blocks * block + state, activation_bytes=live, comm_buffer_bytes=buffers, reserved_bytes=engine.reserved_bytes,
-                  free_bytes=hbm_bytes - needed, kv_tokens=blocks * pool.block_tokens, kv_blocks=blocks)
+                  kv_pool_bytes=blocks * block + state, activation_bytes=live, comm_buffer_bytes=buffers,
+                  reserved_bytes=engine.reserved_bytes, free_bytes=hbm_bytes - needed,
+                  kv_tokens=blocks * pool.block_tokens, kv_blocks=blocks)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
-from twin.cost.build import Site, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
+from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
 from twin.cost.efficiency import default_efficiency
 from twin.cost.engines import engine_of
 from twin.cost.interval import interval
@@ -61,20 +61,24 @@ class CostModel:
 
     # --- compiled stacks, built when first asked for
     @cached_property
+    def _shared(self) -> Shared:
+        return build_shared(self.site)
+
+    @cached_property
     def _stack(self) -> Stack:
-        return build_stack(self.site, self.model)
+        return build_stack(self.site, self._shared, self.model)
 
     @cached_property
     def _stack_beside_comm(self) -> Stack:
         """The stack while communication kernels hold their SMs (two-batch overlap)."""
         taken = self.site.protocol.comm_sms / self.site.gpu.sm_count
-        return build_stack(self.site, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
+        return build_stack(self.site, self._shared, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
 
     @cached_property
     def _drafts(self) -> Stack | None:
         if not self.pool.mtp_draft_tokens:
             return None
-        return build_stack(self.site, draft_model(self.model), draft=True)
+        return build_stack(self.site, self._shared, draft_model(self.model), draft=True)
 
     # --- steps
     def step(self, batch: StepBatch) -> StepCost:
@@ -93,7 +97,7 @@ class CostModel:
             parts["mtp/draft"] = float(self._draft_s(batch)[0])
         device_s = sum(parts.values())
         parts["host/overhead"] = float(self._host_s(batch)[0])
-        launch_s = float(self._launch_s(x, np.array([device_s]), stack.table.launches(x).max(axis=-1))[0])
+        launch_s = float(self._launch_s(x, np.array([device_s]), np.array([tbo]))[0])
         if launch_s:
             parts["host/launch"] = launch_s
         total_s = float(sum(parts.values()))
@@ -143,17 +147,24 @@ class CostModel:
     def _steps_s(self, batch: StepBatch) -> Array:
         x = self._features(batch)
         x = x[None] if x.ndim == 2 else x
+        tbo = self._overlaps(x)
+        if tbo.all():
+            device_s = self._overlapped_s(self._stack_beside_comm.streams(_halved(x)))
+        else:
+            device_s = self._alone_s(x)
+            if tbo.any():
+                device_s[tbo] = self._overlapped_s(self._stack_beside_comm.streams(_halved(x[tbo])))
+        if self._drafts is not None:
+            device_s = device_s + self._draft_s(batch)
+        return np.asarray(device_s + self._host_s(batch) + self._launch_s(x, device_s, tbo))
+
+    def _alone_s(self, x: Array) -> Array:
+        """Device seconds of steps [n] that run as one batch."""
         streams = self._stack.streams(x)
         device_s = streams.compute + streams.comm
         if self.site.engine.shared_overlap and self._stack.exchanges:
             device_s = device_s - np.minimum(streams.shared, streams.comm)
-        tbo = self._overlaps(x)
-        if tbo.any():
-            halves = self._stack_beside_comm.streams(_halved(x[tbo]))
-            device_s[tbo] = self._overlapped_s(halves)
-        if self._drafts is not None:
-            device_s = device_s + self._draft_s(batch)
-        return np.asarray(device_s + self._host_s(batch) + self._launch_s(x, device_s, streams.launches))
+        return np.asarray(device_s)
 
     def _overlaps(self, x: Array) -> npt.NDArray[np.bool_]:
         """Which steps [n] run as two overlapped half batches: all ranks must have enough tokens to split."""
@@ -191,12 +202,15 @@ class CostModel:
         engine = self.site.engine
         return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
 
-    def _launch_s(self, x: Array, device_s: Array, launches: Array) -> Array:
+    def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""
         if self.site.gpu.kind == "cpu":
             return np.zeros(len(x))  # the host is the device: launches are in the operators already
         decode_only = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
         covered = self.pool.cuda_graphs & decode_only & (x[..., INDEX["tokens"]].max(axis=-1) <= self._graph_sizes[-1])
+        if covered.all():
+            return np.zeros(len(x))
+        launches = self._stack.table.launches(x).max(axis=-1) * (1 + tbo)
         eager_s = np.maximum(launches * self.site.engine.eager_launch_s - device_s, 0.0)
         return np.asarray(np.where(covered, 0.0, eager_s))
 

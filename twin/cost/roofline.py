@@ -76,7 +76,7 @@ class OpTable:
     compute: Array
     memory: Array
     launch: Array
-    layers: Array
+    launch_counts: Array  # [f]
 
     @classmethod
     def of(cls, ops: list[Op], gpu: GpuSpec, efficiency: Mapping[str, Efficiency], launch_s: float,
@@ -93,8 +93,10 @@ class OpTable:
             for name, amount in op.bytes.items():
                 memory[INDEX[name], j] += amount * byte_s
             launch[INDEX[op.gate], j] = op.launches * op.layers * launch_s
-        layers = np.array([op.layers for op in ops], dtype=float)
-        return cls(tuple(ops), compute, memory, launch, layers)
+        counts = np.zeros(len(FEATURES))
+        for op in ops:
+            counts[INDEX[op.gate]] += op.launches * op.layers
+        return cls(tuple(ops), compute, memory, launch, counts)
 
     def seconds(self, x: Array) -> Array:
         """Seconds of every operator, all its layers together: [..., f] -> [..., o]."""
@@ -102,9 +104,7 @@ class OpTable:
 
     def launches(self, x: Array) -> Array:
         """Kernels launched by a rank: [..., f] -> [...]."""
-        per_op = np.array([op.launches * op.layers for op in self.ops], dtype=float)
-        gates = x[..., [INDEX[op.gate] for op in self.ops]]
-        return np.asarray(gates @ per_op)
+        return np.asarray(x @ self.launch_counts)
 
     def totals(self, x: Array) -> tuple[dict[str, float], dict[str, float]]:
         """FLOPs and bytes by key of one rank's step ([f]), layers multiplied in: for reading and for checks."""

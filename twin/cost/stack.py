@@ -21,12 +21,11 @@ _TOKENS = INDEX["tokens"]
 
 @dataclass(frozen=True)
 class Streams:
-    """Seconds of a pass, arrays [n]: what computes, what communicates, the shared experts' part of compute, launches."""
+    """Seconds of a pass, arrays [n]: what computes, what communicates, the shared experts' part of compute."""
 
     compute: Array
     comm: Array
     shared: Array
-    launches: Array
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Stack:
         for _, exchange in self.exchanges:
             nvlink_s, rdma_s = exchange.seconds(tokens)
             comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (tokens.sum(axis=-1) > 0))
-        return Streams(compute, comm, shared, self.table.launches(x).max(axis=-1))
+        return Streams(compute, comm, shared)
 
     def parts(self, x: Array) -> dict[str, float]:
         """Seconds by key of ONE pass, x [d, f]; sums to compute + comm of `streams`."""
