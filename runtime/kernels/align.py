@@ -48,7 +48,7 @@ def align(
     counted = rows > _HISTOGRAM_ROWS
     counts = empty(num_experts) if counted else out.ends
     block_n = min(8192 if counted else 1024, triton.next_power_of_2(max(rows, 16)))
-    common = dict(HAS_MAP=expert_map is not None, BLOCK_N=block_n, num_warps=8 if counted else 4)
+    common = {"HAS_MAP": expert_map is not None, "BLOCK_N": block_n, "num_warps": 8 if counted else 4}
     map_, map_size = (expert_map, expert_map.numel()) if expert_map is not None else (topk_ids_TK, 0)
     if counted:
         _count_kernel[(num_experts,)](topk_ids_TK, map_, counts, rows, map_size, **common)

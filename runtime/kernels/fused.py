@@ -57,7 +57,7 @@ def quant_fp8_rows(x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantised(_quant_kernel, x_NH, *x_NH.shape)
 
 
-def _quantised(kernel, x, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+def _quantised(kernel, x, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(rows, width, dtype=FP8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)

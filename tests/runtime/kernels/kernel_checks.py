@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 # The interpreter multiplies bf16 as integers and truncates to bf16 and fp8: fp16 stands in, fp8 is off by a whole step.
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 FP8_STEP = 0.01 if torch.cuda.is_available() else 0.13
@@ -24,7 +23,7 @@ def normal(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32
 
 
 @contextmanager
-def poisoned(monkeypatch) -> Iterator[None]:  # noqa: ANN001
+def poisoned(monkeypatch) -> Iterator[None]:
     """Inside, torch.empty gives NaN (or the most negative integer): an element that no kernel writes shows."""
     plain, plain_like = torch.empty, torch.empty_like
 

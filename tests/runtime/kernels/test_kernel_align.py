@@ -53,7 +53,7 @@ def test_counting_launch_agrees(device: torch.device, rng: torch.Generator, monk
     check(ids, 6, 16, device, monkeypatch)
 
 
-def check(ids, experts, block_m, device, monkeypatch, expert_map=None) -> None:  # noqa: ANN001
+def check(ids, experts, block_m, device, monkeypatch, expert_map=None) -> None:
     with poisoned(monkeypatch):
         plan = align(ids.to(device), experts, block_m, None if expert_map is None else expert_map.to(device))
     local = ids.flatten().tolist()

@@ -14,13 +14,13 @@ from runtime.kernels.splits import choose_splits
 LENGTHS = [1, 15, 16, 17, 0, 32, 47]
 
 
-def run_gqa(rng, device, monkeypatch, bound=1e-2, block_tokens=16, lengths=LENGTHS, group=3, dim=16, **options):  # noqa: ANN001, ANN003
+def run_gqa(rng, device, monkeypatch, bound=1e-2, block_tokens=16, lengths=LENGTHS, group=3, dim=16, **options):
     cache_dtype = options.pop("cache_dtype", HALF)
     cache, table, seq_lens = paged_cache(rng, lengths, block_tokens, (2, dim), cache_dtype, pair=True)
     q = normal(rng, len(lengths), 2 * group, dim, dtype=HALF)
     q, cache, table, seq_lens = (t.to(device) for t in (q, cache, table, seq_lens))
     plain = {k: v for k, v in options.items() if k not in ("splits", "tile")}
-    args = dict(scale=dim**-0.5)
+    args = {"scale": dim**-0.5}
     want = reference.gqa_decode(q, cache, table, seq_lens, **args, **plain, compute=torch.float64)
     with poisoned(monkeypatch):
         got = attention_gqa.gqa_decode(q, cache, table, seq_lens, **args, **options)
@@ -58,11 +58,11 @@ def test_gqa_fp8_cache(device, rng, monkeypatch) -> None:
     )  # fmt: skip
 
 
-def run_mla(rng, device, monkeypatch, heads, tile, splits, lengths=LENGTHS, block_tokens=16):  # noqa: ANN001
+def run_mla(rng, device, monkeypatch, heads, tile, splits, lengths=LENGTHS, block_tokens=16):
     cache, table, seq_lens = paged_cache(rng, lengths, block_tokens, (80,), HALF, pair=False)
     q = normal(rng, len(lengths), heads, 80, dtype=HALF)
     q, cache, table, seq_lens = (t.to(device) for t in (q, cache, table, seq_lens))
-    args = dict(scale=80**-0.5, latent=64)
+    args = {"scale": 80**-0.5, "latent": 64}
     want = reference.mla_decode(q, cache, table, seq_lens, **args, compute=torch.float64)
     with poisoned(monkeypatch):
         got = attention_mla.mla_decode(q, cache, table, seq_lens, **args, tile=tile, splits=splits)

@@ -55,11 +55,11 @@ def test_fp8_rows(name, width, device, rng, monkeypatch) -> None:
 def test_rope_norm_cache(interleaved, norm, rotary, device, rng, monkeypatch) -> None:
     heads, kv_heads, dim, tokens = 4, 2, 32, 5
     qkv = normal(rng, tokens, (heads + 2 * kv_heads) * dim, dtype=HALF).to(device)
-    case = dict(
-        qkv_TC=qkv, positions_T=torch.tensor([0, 5, 99, 3, 7], device=device),
-        slots_T=torch.tensor([3, 16, -1, 47, 15], device=device), cos_sin=angles(rotary, device),
-    )  # fmt: skip
-    weights = dict(q_norm_D=normal(rng, dim).to(device), k_norm_D=normal(rng, dim).to(device)) if norm else {}
+    case = {
+        "qkv_TC": qkv, "positions_T": torch.tensor([0, 5, 99, 3, 7], device=device),
+        "slots_T": torch.tensor([3, 16, -1, 47, 15], device=device), "cos_sin": angles(rotary, device),
+    }  # fmt: skip
+    weights = {"q_norm_D": normal(rng, dim).to(device), "k_norm_D": normal(rng, dim).to(device)} if norm else {}
     ours, theirs = (torch.zeros(3, 2, 16, kv_heads, dim, dtype=HALF, device=device) for _ in range(2))
     options = dict(heads=heads, interleaved=interleaved, **weights)
     want = reference.rope_norm_cache(**case, kv_cache=theirs, **options, compute=torch.float64)
@@ -104,13 +104,13 @@ def angles(rotary: int, device: torch.device) -> torch.Tensor:
 
 
 ROUTERS = {
-    "qwen": (128, dict(k=8)),
-    "mixtral": (8, dict(k=2)),
-    "no renormalisation": (60, dict(k=4, renormalize=False, scale=1.5)),
-    "deepseek v2": (160, dict(k=6, renormalize=False, scale=16.0, groups=8, topk_groups=3, group_score="max")),
-    "deepseek v3": (256, dict(k=8, scoring="sigmoid", scale=2.5, groups=8, topk_groups=4, biased=True)),
-    "kimi k2": (384, dict(k=8, scoring="sigmoid", scale=2.827, biased=True)),
-    "one expert": (1, dict(k=1)),
+    "qwen": (128, {"k": 8}),
+    "mixtral": (8, {"k": 2}),
+    "no renormalisation": (60, {"k": 4, "renormalize": False, "scale": 1.5}),
+    "deepseek v2": (160, {"k": 6, "renormalize": False, "scale": 16.0, "groups": 8, "topk_groups": 3, "group_score": "max"}),
+    "deepseek v3": (256, {"k": 8, "scoring": "sigmoid", "scale": 2.5, "groups": 8, "topk_groups": 4, "biased": True}),
+    "kimi k2": (384, {"k": 8, "scoring": "sigmoid", "scale": 2.827, "biased": True}),
+    "one expert": (1, {"k": 1}),
 }
 
 

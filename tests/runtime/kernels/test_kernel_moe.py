@@ -12,17 +12,17 @@ from runtime.kernels.moe import Tile, Tiles
 SMALL = Tiles(Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2))
 
 
-def layer(rng, tokens, choices, experts, hidden, width, dtype):  # noqa: ANN001
-    return dict(
-        x_TH=normal(rng, tokens, hidden, dtype=dtype),
-        w13_E2IH=normal(rng, experts, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
-        w2_EHI=normal(rng, experts, hidden, width, dtype=dtype, scale=width**-0.5),
-        topk_weights_TK=torch.rand(tokens, choices, generator=rng),
-        topk_ids_TK=torch.stack([torch.randperm(experts, generator=rng)[:choices] for _ in range(tokens)]).int(),
-    )
+def layer(rng, tokens, choices, experts, hidden, width, dtype):
+    return {
+        "x_TH": normal(rng, tokens, hidden, dtype=dtype),
+        "w13_E2IH": normal(rng, experts, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
+        "w2_EHI": normal(rng, experts, hidden, width, dtype=dtype, scale=width**-0.5),
+        "topk_weights_TK": torch.rand(tokens, choices, generator=rng),
+        "topk_ids_TK": torch.stack([torch.randperm(experts, generator=rng)[:choices] for _ in range(tokens)]).int(),
+    }
 
 
-def check(case, bound, device, monkeypatch, run=moe.fused_moe, fp8_rows=False, **options):  # noqa: ANN001
+def check(case, bound, device, monkeypatch, run=moe.fused_moe, fp8_rows=False, **options):
     case = {k: v.to(device) for k, v in case.items()}
     tensors = {k: v for k, v in options.items() if k != "tiles"}
     want = reference.fused_moe(**case, **tensors, fp8_rows=fp8_rows, compute=torch.float64)
@@ -67,7 +67,7 @@ def test_clamped_swiglu_with_biases(device, rng, monkeypatch) -> None:
     )  # fmt: skip
 
 
-def fp8_layer(rng, device, *shape):  # noqa: ANN001
+def fp8_layer(rng, device, *shape):
     case = layer(rng, *shape, HALF)
     scales = {}
     for name, scale in (("w13_E2IH", "w13_scale_E2I"), ("w2_EHI", "w2_scale_EH")):
@@ -86,7 +86,7 @@ def test_fp8_products(device, rng, monkeypatch) -> None:
     """Against the same rounding in float64: h a bf16 step apart may round to the next fp8 number, hence 2e-2 more."""
     case, scales = fp8_layer(rng, device, 24, 2, 3, 64, 32)
 
-    def both_fp8(x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK, **scales):  # noqa: ANN001, ANN003
+    def both_fp8(x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK, **scales):
         return moe.fused_moe_fp8(x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK, tiles=SMALL, **scales)
 
     check(case, 0.02 + FP8_STEP, device, monkeypatch, run=both_fp8, fp8_rows=True, **scales)

@@ -9,7 +9,7 @@ from runtime.kernels.sampling import SamplingTensors, sample, uniform
 
 
 def settings(batch: int, **given: float) -> SamplingTensors:
-    values = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, position=0) | given
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 7, "position": 0} | given
     floats = {"temperature", "top_p", "min_p"}
     return SamplingTensors(
         **{k: torch.full((batch,), v, dtype=torch.float32 if k in floats else torch.int64) for k, v in values.items()}
@@ -43,12 +43,12 @@ def kept(logits: torch.Tensor, top_k: int, top_p: float, min_p: float, temperatu
 @pytest.mark.parametrize(
     "filters",
     [
-        dict(top_k=0, top_p=1.0, min_p=0.0, temperature=1.0),
-        dict(top_k=3, top_p=1.0, min_p=0.0, temperature=1.5),
-        dict(top_k=0, top_p=0.7, min_p=0.0, temperature=1.0),
-        dict(top_k=5, top_p=0.8, min_p=0.0, temperature=0.8),
-        dict(top_k=0, top_p=1.0, min_p=0.2, temperature=1.0),
-        dict(top_k=1, top_p=0.1, min_p=0.9, temperature=2.0),
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0},
+        {"top_k": 3, "top_p": 1.0, "min_p": 0.0, "temperature": 1.5},
+        {"top_k": 0, "top_p": 0.7, "min_p": 0.0, "temperature": 1.0},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.0, "temperature": 0.8},
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.2, "temperature": 1.0},
+        {"top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 2.0},
     ],
     ids=str,
 )
