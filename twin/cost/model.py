@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
 from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
-from twin.cost.efficiency import default_efficiency
+from twin.cost.defaults import default_efficiency
 from twin.cost.engines import engine_of
 from twin.cost.interval import interval
 from twin.cost.memory import kv_block_bytes, memory_of
