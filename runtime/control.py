@@ -1,0 +1,66 @@
+"""The control channel: JSON lines over a Unix socket between the front end and every rank.
+
+A rank's reader thread keeps the heart beating and ends the process when the front end is gone, whatever the main thread
+waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from runtime.board import Board
+
+Message = dict[str, Any]
+BEAT_S = 0.25
+ORPHANED = 3
+"""Exit code of a rank whose front end vanished."""
+
+
+class Control:
+    """A rank's end of the channel."""
+
+    def __init__(self, path: Path, rank: int, board: Board) -> None:
+        self.rank, self._board = rank, board
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(str(path))
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self.closing = False
+        self.send({"ev": "hello", "pid": os.getpid()})
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Send one message; safe from any thread."""
+        line = json.dumps({"rank": self.rank, **message}, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            self._socket.sendall(line)
+
+    def post(self, message: Message) -> None:
+        """Put a message into this rank's own inbox (from its helper threads)."""
+        self._inbox.put(message)
+
+    def drain(self, *, wait: bool) -> list[Message]:
+        """All messages that came; with `wait`, at least one."""
+        messages = [self._inbox.get()] if wait else []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get())
+        return messages
+
+    def _read(self) -> None:
+        with self._socket.makefile("rb") as lines:
+            for line in lines:
+                self._inbox.put(json.loads(line))
+        if not self.closing:
+            os._exit(ORPHANED)
+
+    def _beat(self) -> None:
+        stop = threading.Event()
+        while not stop.wait(BEAT_S):
+            self._board.beat(self.rank)

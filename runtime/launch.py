@@ -1,0 +1,107 @@
+"""Rank processes: started with everything on loopback, watched, and ended by their process ids."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from torch.distributed import TCPStore
+
+from runtime.board import Board
+from runtime.options import Briefing, EngineOptions
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan
+
+_LOG_TAIL = 600
+
+
+class RankProcesses:
+    """The ranks of one engine. The private folder holds the briefing, the control socket, the board and their logs."""
+
+    def __init__(self, plan: Plan, model: ModelSpec, options: EngineOptions) -> None:
+        self.world = plan.gpus
+        self._folder = tempfile.TemporaryDirectory(prefix="eptwin-")
+        self.folder = Path(self._folder.name)
+        self.control_path = self.folder / "control"
+        self.board = Board(self.folder / "board", self.world, create=True)
+        self._briefing = Briefing(model, plan, options, self.control_path, self.folder / "board")
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._logs: list[IO[bytes]] = []
+        self._store: TCPStore | None = None
+
+    def start(self) -> None:
+        """Start every rank; returns at once."""
+        briefing = self.folder / "briefing.json"
+        self._briefing.write(briefing)
+        env = {**os.environ, "WORLD_SIZE": str(self.world), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
+               "OMP_NUM_THREADS": str(self._briefing.options.threads_for(self.world)), "GLOO_SOCKET_IFNAME": _loopback()}
+        if self.world > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._open_store())}
+        for rank in range(self.world):
+            log = (self.folder / f"rank{rank}.log").open("wb")
+            self._logs.append(log)
+            self._children.append(subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "runtime.worker", str(briefing)], env={**env, "RANK": str(rank)},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+
+    def exited(self) -> dict[int, int]:
+        """Exit codes of the ranks that ended; a negative one is the signal that killed it."""
+        return {rank: code for rank, child in enumerate(self._children) if (code := child.poll()) is not None}
+
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._children]
+
+    def log_tail(self, rank: int) -> str:
+        """The end of what a rank wrote."""
+        path = self.folder / f"rank{rank}.log"
+        return path.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip() if path.exists() else ""
+
+    def end(self, grace_s: float) -> None:
+        """Wait `grace_s` for the ranks to leave by themselves, then end those that have not, and tidy up."""
+        self._wait(grace_s)
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            for child in self._children:
+                if child.poll() is None:
+                    child.send_signal(signal.SIGCONT)  # a stopped process would not even die of SIGTERM
+                    child.send_signal(how)
+            self._wait(1.0)
+        for log in self._logs:
+            log.close()
+        self.board.close()
+        self._store = None
+        self._folder.cleanup()
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(child.poll() is None for child in self._children):
+            time.sleep(0.01)
+
+    def _open_store(self) -> int:
+        """The rendezvous store, in this process, on a socket bound to loopback: given an address alone, a TCPStore would
+        listen on every interface."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(self.world + 8)
+            port = int(listener.getsockname()[1])
+            self._store = TCPStore("127.0.0.1", port, self.world, is_master=True, wait_for_workers=False,
+                                   master_listen_fd=listener.detach())
+        return port
+
+
+def _python_path() -> str:
+    """Where this process finds the packages, for children that start in another way."""
+    here = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _loopback() -> str:
+    """Name of the loopback interface, for gloo."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name.startswith("lo")), names[0])

@@ -1,0 +1,267 @@
+"""The loop of one rank: hear the front end, agree on a round with the other ranks of the instance, take a step.
+
+The ranks of an instance step together because experts belong to all of them: a rank without work runs an empty batch.
+A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens]; when nobody has work everyone
+goes to sleep on the control channel. A wake-up carries a rising number, so that one heard late, after its work was
+already done in an earlier round, wakes nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from runtime.batch import Segment, make_step
+from runtime.board import Board
+from runtime.comm.group import PeerLost
+from runtime.control import Control, Message
+from runtime.rank import Rank
+from runtime.sampling import sample
+from runtime.sequences import LiveRequest, pack, segments_of, unpack
+from runtime.transfer import start_receive, start_send
+from twin.policy.batching import BatchScheduler
+from twin.policy.kv_blocks import BlockManager
+from twin.policy.steps import BatchLimits, StepPlan
+from twin.spec.errors import SpecError
+
+
+class Clock:
+    """Seconds by phase; `mark` ends one phase and begins the next, and notes it on the board."""
+
+    def __init__(self, board: Board | None, rank: int) -> None:
+        self._board, self._rank = board, rank
+        self._phase, self._since = "start", time.monotonic()
+        self._parts: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        now = time.monotonic()
+        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        if self._board is not None:
+            self._board.mark(self._rank, phase)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        self.mark(self._phase)
+        parts, self._parts = self._parts, {}
+        return parts
+
+
+@dataclass
+class Round:
+    """What the ranks agreed on: whether anybody works, this DP rank's plan size, and the dispatch capacity."""
+
+    works: bool
+    wake: int
+    plan_size: int
+    capacity: int
+
+
+class StepLoop:
+    """Runs until `stop`. Leaders (the first TP rank of a DP rank) schedule and sample; their TP peers follow."""
+
+    def __init__(self, rank: Rank, control: Control, clock: Clock, *, record: bool) -> None:
+        self.rank, self.control, self.clock, self._record = rank, control, clock, record
+        self._desk = Desk(rank, control) if rank.at.is_leader else None
+        self._wake = self._slept_at = 0
+        self._idle = True
+        self._stopping = False
+        self._began = 0.0
+
+    def run(self) -> None:
+        """Take steps until told to stop. Raises PeerLost when another rank is gone."""
+        while not self._stopping:
+            if self._idle:
+                self.clock.mark("idle")
+            for message in self.control.drain(wait=self._idle):
+                self._hear(message)
+            if not self._stopping and (not self._idle or self._wake > self._slept_at):
+                self._round()
+        self.clock.mark("done")
+
+    def _hear(self, message: Message) -> None:
+        op = message["op"]
+        self._wake = max(self._wake, message.get("wake", 0))
+        if op == "stop":
+            self._stopping = True
+        elif op == "send_kv":
+            start_send(self.rank, message, self.control)
+        elif op == "receive_kv":
+            start_receive(self.rank, message, self.control)
+        elif op == "lost":
+            raise PeerLost(message["error"])
+        elif op != "wake" and self._desk is not None:
+            self._desk.hear(message)
+
+    def _round(self) -> None:
+        if self._idle:
+            self.clock.take()  # the time asleep is no part of a step
+        self._idle = False
+        self._began = time.monotonic()
+        self.clock.mark("schedule")
+        plan, segments, sampled = self._desk.plan() if self._desk else (StepPlan(), [], [])
+        tokens = sum(len(s.token_ids) for s in segments)
+        packed = pack(segments) if self.rank.groups.tp.size > 1 and self._desk else torch.zeros(0, dtype=torch.int64)
+        agreed = self._agree(not plan.is_empty, len(packed), tokens)
+        if not agreed.works:
+            self._idle, self._slept_at = True, agreed.wake
+            self._wake = max(self._wake, agreed.wake)
+            if self._desk is not None:
+                self._desk.tell_load()
+            return
+        segments = self._share(segments, packed, agreed.plan_size)
+        logits = self._forward(segments, agreed.capacity)
+        if self._desk is not None and not plan.is_empty:
+            self.clock.mark("sample")
+            drawn = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled]).tolist() if sampled else []
+            self._desk.book(plan, sampled, drawn, self._began, self._step_record(plan, tokens))
+        elif self._record:
+            self.clock.take()
+
+    def _agree(self, has_work: bool, plan_size: int, tokens: int) -> Round:
+        at, group = self.rank.at, self.rank.groups.control
+        if group.size == 1:
+            return Round(has_work, self._wake, plan_size, max(1, tokens))
+        self.clock.mark("wait")
+        rows = group.all_gather(torch.tensor([int(has_work), self._wake, plan_size, tokens])).tolist()
+        most = max(row[3] for row in rows)
+        return Round(any(row[0] for row in rows), max(row[1] for row in rows), rows[at.dp_rank * at.tp][2],
+                     max(1, -(-most // at.tp)))
+
+    def _share(self, segments: list[Segment], packed: torch.Tensor, size: int) -> list[Segment]:
+        """The leader's segments, on all its TP ranks."""
+        if self.rank.groups.tp.size == 1 or size == 0:
+            return segments
+        device = self.rank.device
+        buffer = packed.to(device) if self._desk is not None else torch.empty(size, dtype=torch.int64, device=device)
+        self.rank.groups.tp.broadcast(buffer)
+        return segments if self._desk is not None else unpack(buffer.cpu())
+
+    def _forward(self, segments: list[Segment], capacity: int) -> torch.Tensor:
+        rank = self.rank
+        step = make_step(segments, rank.pool.block_tokens, rank.device)
+        with torch.inference_mode():
+            return rank.transformer.forward(step, rank.kv, capacity)
+
+    def _step_record(self, plan: StepPlan, tokens: int) -> Message | None:
+        """What this step was, for measurements: times on the machine's monotonic clock."""
+        if not self._record:
+            return None
+        parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
+        return {"start": self._began, "end": time.monotonic(), "parts": parts, "decode": len(plan.decode),
+                "prefill": plan.prefill_tokens, "tokens": tokens}
+
+
+class Desk:
+    """A leader's scheduler, its blocks and its requests."""
+
+    def __init__(self, rank: Rank, control: Control) -> None:
+        pool = rank.pool
+        self.control = control
+        self.blocks = BlockManager(rank.kv_blocks, pool.block_tokens, pool.prefix_cache)
+        self.scheduler = BatchScheduler(limits_of(rank), self.blocks)
+        self._max_seqs = pool.max_num_seqs
+        self._requests: dict[int, LiveRequest] = {}
+        self._landing: dict[int, LiveRequest] = {}  # blocks reserved, KV on its way
+        self._asking: dict[int, LiveRequest] = {}  # wait for blocks to land in
+        self._preemptions = 0
+        self._ops: dict[str, Callable[[Message], None]] = {
+            "add": self._add, "cancel": self._cancel, "reserve": self._reserve, "activate": self._activate,
+            "release": self._release}
+
+    def hear(self, message: Message) -> None:
+        self._ops[message["op"]](message)
+
+    def plan(self) -> tuple[StepPlan, list[Segment], list[LiveRequest]]:
+        """Schedule the next step, after letting KV in that found no blocks before."""
+        self._let_in()
+        plan = self.scheduler.schedule()
+        self._preemptions += len(plan.preempted)
+        segments, sampled = segments_of(plan, self._requests, self.blocks.table)
+        return plan, segments, sampled
+
+    def book(self, plan: StepPlan, sampled: list[LiveRequest], tokens: list[int], began_at: float,
+             record: Message | None) -> None:
+        """Give every request its token, tell the scheduler who ended and the front end what happened."""
+        began = [c.request_id for c in plan.prefill if not self._requests[c.request_id].began]
+        for request_id in began:
+            self._requests[request_id].began = True
+        out: list[list[object]] = []
+        stopped, hold = set(), set()
+        for request, token in zip(sampled, tokens, strict=True):
+            reason = request.append(token)
+            if reason == "stop":
+                stopped.add(request.request_id)
+            if reason is None and request.hands_over:
+                hold.add(request.request_id)
+            out.append([request.request_id, token, reason])
+        left = self.scheduler.complete(plan, finished=stopped, hold=hold)
+        handover = [[i, self.blocks.table(i)] for i in left if i in hold]
+        for request_id in left:
+            del self._requests[request_id]
+        news: Message = {"ev": "step", "out": out, "load": self._load(), "began": began, "began_at": began_at}
+        if handover:
+            news["handover"] = handover
+        if plan.preempted:
+            news["preempted"] = list(plan.preempted)
+        if record is not None:
+            news["record"] = {**record, "kv": news["load"][2]}
+        self.control.send(news)
+
+    def tell_load(self) -> None:
+        """Tell the front end how things stand before going to sleep."""
+        self.control.send({"ev": "load", "load": self._load()})
+
+    def _load(self) -> list[float]:
+        scheduler = self.scheduler
+        return [scheduler.num_running, scheduler.num_waiting + len(self._landing) + len(self._asking), self.blocks.usage]
+
+    def _add(self, message: Message) -> None:
+        request = LiveRequest.of(message)
+        most = 1 if request.hands_over else request.params.max_tokens
+        try:
+            self.scheduler.add(request.request_id, request.prompt_len, most, token_ids=request.tokens[:request.prompt_len])
+        except SpecError as err:
+            self.control.send({"ev": "refused", "id": request.request_id, "error": str(err)})
+            return
+        self._requests[request.request_id] = request
+
+    def _cancel(self, message: Message) -> None:
+        request_id = message["id"]
+        self.scheduler.cancel(request_id)
+        self._requests.pop(request_id, None)
+        self._asking.pop(request_id, None)
+        if self._landing.pop(request_id, None) is not None:
+            self.blocks.free(request_id)
+        self._let_in()
+
+    def _release(self, message: Message) -> None:
+        self.scheduler.release(message["id"])
+
+    def _reserve(self, message: Message) -> None:
+        self._asking[message["id"]] = LiveRequest.of(message)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Reserve blocks for KV that wants to come, first come first served, while a place in the batch is in sight."""
+        for request_id, request in list(self._asking.items()):
+            here = self.scheduler.num_running + self.scheduler.num_waiting + len(self._landing)
+            if here >= self._max_seqs or not self.blocks.reserve(request_id, len(request.tokens)):
+                return
+            self._landing[request_id] = self._asking.pop(request_id)
+            self.control.send({"ev": "reserved", "id": request_id, "blocks": self.blocks.table(request_id)})
+
+    def _activate(self, message: Message) -> None:
+        request = self._landing.pop(message["id"])
+        self.scheduler.add(request.request_id, request.prompt_len, request.params.max_tokens,
+                           computed_tokens=len(request.tokens) - 1, generated_tokens=request.generated)
+        self._requests[request.request_id] = request
+
+
+def limits_of(rank: Rank) -> BatchLimits:
+    """The batching limits that the rank's pool states."""
+    pool = rank.pool
+    return BatchLimits(pool.max_num_seqs, max(pool.max_batch_tokens, pool.max_num_seqs), pool.chunk_tokens, rank.max_context)

@@ -1,0 +1,65 @@
+"""How an engine is run, beyond what its plan says; and what each rank process is told at its start."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`checkpoint` None means random weights from `seed`. `dtype` is that of weights, activations and KV.
+
+    `timeout_s` is how long a rank waits for another before it counts as lost. `threads` are torch threads a rank (None:
+    the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
+    """
+
+    checkpoint: str | None = None
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["torch", "triton"] = "torch"
+    timeout_s: float = 8.0
+    start_timeout_s: float = 120.0
+    threads: int | None = None
+    max_context: int | None = None
+    record: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and self.backend != "torch":
+            raise SpecError("triton kernels need a GPU", field="backend", expected="torch on cpu")
+        if not 0 < self.timeout_s <= 3600:
+            raise SpecError(f"is {self.timeout_s}", field="timeout_s", expected="0 < timeout_s <= 3600")
+
+    def threads_for(self, world: int) -> int:
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // world)
+
+
+@dataclass(frozen=True)
+class Briefing:
+    """The file that a rank reads first."""
+
+    model: ModelSpec
+    plan: Plan
+    options: EngineOptions
+    control: Path
+    board: Path
+
+    def write(self, path: Path) -> None:
+        fields = {"model": self.model.model_dump(mode="json"), "plan": self.plan.model_dump(mode="json"),
+                  "options": asdict(self.options), "control": str(self.control), "board": str(self.board)}
+        path.write_text(json.dumps(fields), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Briefing:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model = ModelSpec.model_validate_json(json.dumps(fields["model"]))
+        plan = Plan.model_validate_json(json.dumps(fields["plan"]))
+        return cls(model, plan, EngineOptions(**fields["options"]), Path(fields["control"]), Path(fields["board"]))

@@ -1,0 +1,162 @@
+"""One rank's equipment: groups, weights, cache and model, ready to take steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from runtime.comm.experts import ExpertComm, make_expert_comm
+from runtime.comm.group import Group, make_group, solo
+from runtime.kv import kv_shape, make_kv
+from runtime.layout import RankLayout, layouts
+from runtime.model.params import rank_params
+from runtime.model.transformer import Mark, Rig, Transformer
+from runtime.ops import ops_for
+from runtime.options import EngineOptions
+from runtime.weights import load_weights
+from twin.policy import placement as policy
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan, PoolPlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CPU_KV_SHARE = 0.25
+"""Share of a machine's free memory that the KV caches of all its CPU ranks together may take unasked."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`control` carries plans between hosts' processors (gloo); `instance` and `tp` carry tensors."""
+
+    control: Group
+    instance: Group
+    tp: Group
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance."""
+
+    model: ModelSpec
+    pool: PoolPlan
+    at: RankLayout
+    groups: Groups
+    experts: ExpertComm
+    transformer: Transformer
+    kv: list[torch.Tensor]
+    kv_blocks: int
+    max_context: int
+    device: torch.device
+    weight_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(cache.numel() * cache.element_size() for cache in self.kv)
+
+
+def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, mark: Mark) -> Rank:
+    """Set a rank up. In a world of more than one, every rank must call this with torch.distributed initialised.
+
+    Raises SpecError when weights are not as they should be or nothing is left for the cache.
+    """
+    everyone = layouts(plan, model)
+    at = everyone[rank]
+    pool = plan.pools[at.pool]
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if options.device == "cuda" else torch.device("cpu")
+    groups = _groups(everyone, at, options)
+    experts = make_expert_comm(pool.comm, groups.instance, at)
+    placement = place(model, pool)
+    dtype = DTYPES[options.dtype]
+    mark("load")
+    checkpoint = Path(options.checkpoint) if options.checkpoint else None
+    params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, placement=placement)
+    rig = Rig(ops_for(options.backend), groups.tp, experts, mark)
+    transformer = Transformer(model, at, params, rig, placement)
+    blocks = _kv_blocks(model, pool, at, options, device, groups.control, len(everyone))
+    cap = options.max_context or model.max_context
+    return Rank(model, pool, at, groups, experts, transformer,
+                make_kv(model, at, blocks, pool.block_tokens, dtype, device), blocks,
+                min(cap, model.max_context, blocks * pool.block_tokens), device,
+                sum(p.numel() * p.element_size() for p in params.values()))
+
+
+def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:
+    """Slot -> expert of every MoE layer, before any load was seen: replicas go where even loads want them."""
+    if model.moe is None:
+        return None
+    layers, experts = model.moe_layers, model.moe.experts
+    slots = experts + pool.redundant_experts
+    if pool.placement == "linear":
+        found = policy.linear(layers, experts, pool.ep, pool.redundant_experts)
+    elif pool.placement == "eplb_global":
+        found = policy.place_global(np.ones((layers, experts)), slots, pool.ep)
+    else:
+        found = policy.place_hierarchical(np.ones((layers, experts)), slots, pool.ep, 1, model.moe.groups)
+    rows: list[list[int]] = found.slot_to_logical.tolist()
+    return rows
+
+
+def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions) -> Groups:
+    """Make every group of the world, in one order, and keep this rank's."""
+    mine: dict[tuple[str, int], Group] = {}
+    backend = "nccl" if options.device == "cuda" else "gloo"
+
+    def groups_of(kind: str, ranks_of: Callable[[RankLayout], list[int]], how: str) -> Group:
+        for ranks in sorted({tuple(ranks_of(one)) for one in everyone}):
+            group = make_group(ranks, at.rank, options.timeout_s, how) if len(ranks) > 1 else solo(ranks[0])
+            mine[kind, ranks[0]] = group
+        return mine[kind, ranks_of(at)[0]]
+
+    control = groups_of("control", lambda one: one.instance_ranks, "gloo")
+    instance = control if backend == "gloo" else groups_of("instance", lambda one: one.instance_ranks, backend)
+    whole = all(one.tp == one.world for one in everyone)
+    tp = instance if whole else groups_of("tp", lambda one: one.tp_ranks, backend)
+    return Groups(control, instance, tp)
+
+
+def _kv_blocks(model: ModelSpec, pool: PoolPlan, at: RankLayout, options: EngineOptions, device: torch.device,
+               control: Group, world: int) -> int:
+    """Blocks of this instance's ranks: what the plan says, or what memory allows up to what requests could fill."""
+    if pool.kv_blocks is not None:
+        return pool.kv_blocks
+    element = DTYPES[options.dtype].itemsize
+    block_bytes = model.layers * element * int(np.prod(kv_shape(model, at, 1, pool.block_tokens)))
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = free - total * (1 - pool.memory_fraction)
+    else:
+        budget = _free_memory_bytes() * _CPU_KV_SHARE / world
+    context = min(options.max_context or model.max_context, model.max_context)
+    wanted = pool.max_num_seqs * -(-context // pool.block_tokens)
+    possible = int(min(wanted, budget // block_bytes))
+    agreed = int(control.all_gather(torch.tensor([possible])).min())
+    if agreed < 1:
+        raise SpecError("no memory is left for the KV cache", field=f"pools.{at.pool}.memory_fraction",
+                        hint="shorten max_context, give kv_blocks or spread the model over more ranks")
+    return agreed
+
+
+def _free_memory_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def expert_load(rank: Rank) -> list[list[int]]:
+    """Tokens that this rank routed to every expert [moe layers][experts] since its start."""
+    layers = [layer.ffn for layer in rank.transformer.layers]
+    return [ffn.load_E.tolist() for ffn in layers if hasattr(ffn, "load_E")]
+
+
+def param_count(model: ModelSpec, at: RankLayout) -> int:
+    """Elements that a rank holds, replicas and slack not counted twice."""
+    return sum(int(np.prod(param.shape)) for param in rank_params(model, at))
+
+
+def world_rank() -> int:
+    """This process's global rank, also outside torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

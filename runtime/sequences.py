@@ -1,0 +1,86 @@
+"""The requests of one DP rank, as its leader keeps them, and a step's work as it travels to the leader's TP peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.batch import Segment
+from runtime.sampling import uniform
+from runtime.types import FinishReason, SamplingParams
+from twin.policy.steps import StepPlan
+
+
+@dataclass
+class LiveRequest:
+    """`tokens` are prompt and output so far. `hands_over`: its KV goes to a decode instance after the first token."""
+
+    request_id: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    seed: int
+    hands_over: bool
+    stops: frozenset[int] = field(default_factory=frozenset)
+    began: bool = False
+
+    @classmethod
+    def of(cls, message: dict[str, Any]) -> LiveRequest:
+        """From an `add`, `reserve` or `activate` message."""
+        params = SamplingParams(**{**message["params"], "stop_token_ids": tuple(message["params"]["stop_token_ids"])})
+        return cls(message["id"], message["tokens"], message["prompt_len"], params, message["seed"],
+                   message.get("hands_over", False), frozenset() if params.ignore_eos else frozenset(params.stop_token_ids))
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def draw(self) -> float:
+        """The uniform number that decides the next token."""
+        return uniform(self.seed, self.generated) if self.params.temperature else 0.0
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take a token; why the request ends with it, if it does."""
+        self.tokens.append(token)
+        if token in self.stops:
+            return "stop"
+        return "length" if self.generated >= self.params.max_tokens else None
+
+
+def segments_of(plan: StepPlan, requests: dict[int, LiveRequest], table: Any) -> tuple[list[Segment], list[LiveRequest]]:
+    """(the step's segments, decodes first; the requests whose next token it gives, in order of the logit rows)."""
+    segments, sampled = [], []
+    for request_id in plan.decode:
+        request = requests[request_id]
+        segments.append(Segment(request.tokens[-1:], len(request.tokens) - 1, table(request_id)))
+        sampled.append(request)
+    for chunk in plan.prefill:
+        request = requests[chunk.request_id]
+        ids = request.tokens[chunk.start:chunk.start + chunk.tokens]
+        segments.append(Segment(ids, chunk.start, table(chunk.request_id), True, chunk.is_last))
+        if chunk.is_last:
+            sampled.append(request)
+    return segments, sampled
+
+
+def pack(segments: Sequence[Segment]) -> torch.Tensor:
+    """Segments as one int64 tensor: count, then (tokens, start, flags, blocks) of each, then all tokens, all blocks."""
+    heads = [(len(s.token_ids), s.start, s.is_prefill + 2 * s.wants_logits, len(s.blocks)) for s in segments]
+    flat = [len(segments), *(n for head in heads for n in head)]
+    body = [np.asarray(s.token_ids, dtype=np.int64) for s in segments] + [np.asarray(s.blocks, dtype=np.int64) for s in segments]
+    return torch.from_numpy(np.concatenate([np.array(flat, dtype=np.int64), *body]))
+
+
+def unpack(packed: torch.Tensor) -> list[Segment]:
+    """The inverse of `pack`."""
+    flat = packed.numpy()
+    n = int(flat[0])
+    heads = flat[1:1 + 4 * n].reshape(n, 4)
+    token_ends = 1 + 4 * n + heads[:, 0].cumsum()
+    block_ends = (int(token_ends[-1]) if n else 1) + heads[:, 3].cumsum()
+    return [Segment(flat[t - k:t], int(start), flat[b - m:b], bool(flags & 1), bool(flags & 2))
+            for (k, start, flags, m), t, b in zip(heads, token_ends, block_ends, strict=True)]

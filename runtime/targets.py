@@ -1,0 +1,80 @@
+"""Where requests can be sent: the DP ranks of every instance, what each has to do, and which one is next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.layout import RankLayout
+from runtime.types import InstanceStats
+from twin.policy.routing import Router, RouterLoad
+from twin.spec.errors import SpecError
+from twin.spec.plan import Plan, PoolPlan
+
+
+@dataclass
+class Target:
+    """One DP rank. `leader` is its first TP rank; load as the front end counts it, or as the leader last reported."""
+
+    pool: int
+    plan: PoolPlan
+    instance: int
+    dp_rank: int
+    tp_ranks: list[int]
+    instance_ranks: list[int]
+    outstanding_requests: int = 0
+    outstanding_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    steps: int = 0
+
+    @property
+    def leader(self) -> int:
+        return self.tp_ranks[0]
+
+
+class Targets:
+    """All targets, and the routers that choose among those that take prompts and among those that decode."""
+
+    def __init__(self, plan: Plan, ranks: Sequence[RankLayout], seed: int) -> None:
+        if plan.router == "prefix_affinity":
+            raise SpecError("the engine's front end does not know what its ranks have cached yet", field="router",
+                            expected="round_robin, least_loaded, power_of_two or predicted_ttft")
+        self.targets = [Target(at.pool, plan.pools[at.pool], at.instance, at.dp_rank, at.tp_ranks, at.instance_ranks)
+                        for at in ranks if at.is_leader]
+        self.entries = [t for t in self.targets if t.plan.role != "decode"]
+        self.decoders = [t for t in self.targets if t.plan.role == "decode"]
+        self._entry_router = Router(plan.router, len(self.entries), seed)
+        self._decode_router = Router(plan.router, len(self.decoders), seed) if self.decoders else None
+        self._of_leader = {t.leader: t for t in self.targets}
+        self._seconds_per_token = 1e-3  # replaced by what is measured; the same for all, so it never decides alone
+
+    def of_leader(self, rank: int) -> Target:
+        return self._of_leader[rank]
+
+    def choose_entry(self, prompt_tokens: int) -> Target:
+        """Where a new request starts."""
+        return self.entries[self._entry_router.choose(self._load(self.entries, prompt_tokens))]
+
+    def choose_decoder(self, prompt_tokens: int) -> Target:
+        """Where a prefilled request goes on."""
+        assert self._decode_router is not None, "a handover without a decode pool"
+        return self.decoders[self._decode_router.choose(self._load(self.decoders, prompt_tokens))]
+
+    def _load(self, targets: list[Target], prompt_tokens: int) -> RouterLoad:
+        tokens = np.array([t.outstanding_tokens for t in targets], dtype=np.int64)
+        return RouterLoad(np.array([t.outstanding_requests for t in targets], dtype=np.int64), tokens,
+                          np.array([t.kv_usage for t in targets]),
+                          predicted_ttft_s=(tokens + prompt_tokens) * self._seconds_per_token)
+
+    def instances(self) -> tuple[InstanceStats, ...]:
+        """Statistics by instance, in order of rank."""
+        groups: dict[tuple[int, int], list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault((target.pool, target.instance), []).append(target)
+        return tuple(InstanceStats(pool, group[0].plan.role, instance, sum(t.running for t in group),
+                                   sum(t.waiting for t in group), max(t.kv_usage for t in group), max(t.steps for t in group))
+                     for (pool, instance), group in groups.items())
