@@ -24,6 +24,7 @@ from twin.spec.workload import WorkloadSpec
 
 S = TypeVar("S", bound=Spec)
 _COUNTED = re.compile(r"(.+)-(\d{1,4})x(\d{1,4})$")
+_SPEC_SUFFIXES = (".json", ".yaml", ".yml")
 _PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 
 
@@ -213,7 +214,7 @@ def _model(value: Any, document: Document, base: Path) -> ModelSpec:
         path = base / value if len(value) < 4096 and "\x00" not in value else Path("?")
         if path.is_dir():
             path = path / "config.json"
-        if not path.is_file():
+        if not path.is_file() or path.suffix not in _SPEC_SUFFIXES:
             raise _resolve(value, "model", document, "model", lambda: presets("models"))
         inner = parse_file(path)
         return _model_from(inner.data, inner, path.parent.name if path.name == "config.json" else path.stem, ())
@@ -234,7 +235,7 @@ def _cluster(value: Any, document: Document, base: Path) -> ClusterSpec:
         if found is not None:
             return validate(ClusterSpec, _with_gpus(found, document), Document({}, {}, f"topologies/clusters.yaml ({value})"))
         path = base / value if len(value) < 4096 and "\x00" not in value else Path("?")
-        if not path.is_file():
+        if not path.is_file() or path.suffix not in _SPEC_SUFFIXES:
             raise _resolve(value, "cluster", document, "cluster", lambda: presets("clusters"))
         inner = parse_file(path)
         return validate(ClusterSpec, _with_gpus(inner.data, inner), inner)
