@@ -54,7 +54,6 @@ class Bounds:
                 plan,
                 key,
                 routing=scenario.routing,
-                profile=scenario.profile,
                 seed=scenario.seed,
             )
         return self._models[key]
