@@ -45,6 +45,12 @@ class Clients:
             assert concurrency is not None, "the spec demands it of a closed loop"
             self.clock.process(self._users(min(concurrency, self._total)))
 
+    def counted_from_s(self) -> float:
+        """When the first request that counts arrives; 0 for a closed loop, where that is not known beforehand."""
+        if self.traffic.arrival_s is None:
+            return 0.0
+        return float(self.traffic.arrival_s[int(len(self.traffic) * self.workload.warmup_fraction)])
+
     def count(self) -> None:
         """Mark which requests count, once all are sent: not the first `warmup_fraction` of them."""
         warmup = int(len(self.sent) * self.workload.warmup_fraction)

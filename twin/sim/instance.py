@@ -290,6 +290,7 @@ class Instance:
         seqs = int(batch.decode_seqs.sum())
         return self.log.append(
             steps, end_s=run.ends_s[:steps], step_s=run.step_s[:steps], decode_seqs=seqs,
+            prefill_seqs=float(batch.prefill_seqs.sum()),
             prefill_tokens=float(batch.prefill_tokens.sum()), output_tokens=seqs + last_chunks,
             kv_tokens=kv.sum(axis=1), kv_tokens_fullest=kv.max(axis=1),
             waiting=float(self._waiting.sum()))

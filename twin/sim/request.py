@@ -36,6 +36,7 @@ class Request:
     decode_instance: int | None = None
     prefill_rank: int = 0
     decode_rank: int = 0
+    transfer_start_s: float | None = None
     kv_transfer_s: float | None = None
     preemptions: int = 0
     status: Status = "unfinished"
@@ -49,10 +50,11 @@ class Request:
     def saw_steps(self, longest_s: float) -> None:
         self.itl_max_s = longest_s if self.itl_max_s is None else max(self.itl_max_s, longest_s)
 
-    def record(self, generated_tokens: int) -> RequestRecord:
-        """What the run remembers of it; `generated_tokens` came out so far."""
+    def record(self) -> RequestRecord:
+        """What the run remembers of it. A run ends when every request has, so all of an `ok` one's tokens came out."""
         return RequestRecord(
-            id=self.id, arrival_s=self.arrival_s, isl=self.isl, osl=self.osl, output_tokens=generated_tokens,
+            id=self.id, arrival_s=self.arrival_s, isl=self.isl, osl=self.osl,
+            output_tokens=self.osl if self.status == "ok" else 0,
             prefill_start_s=self.prefill_start_s, first_token_s=self.first_token_s, finish_s=self.finish_s,
             itl_max_s=self.itl_max_s, prefill_instance=self.prefill_instance, decode_instance=self.decode_instance,
             kv_transfer_s=self.kv_transfer_s, cached_tokens=self.cached_tokens, preemptions=self.preemptions,

@@ -29,17 +29,23 @@ Observer = Callable[[float, str, int, int, int], None]
 class PoolCosts(StepCosts, Protocol):
     """A pool's cost model, as far as the simulation needs it."""
 
-    kv_blocks_per_rank: int
+    @property
+    def kv_blocks_per_rank(self) -> int: ...
 
     def kv_transfer_bytes(self, tokens: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What changes how the simulation runs, not what it simulates. `coalesce` off: one step at a time."""
+    """What changes how the simulation runs, not what it simulates.
+
+    `coalesce` off: one step at a time. `observer` is told of every event of a request, `on_run` of every run of steps
+    that an instance has ended.
+    """
 
     coalesce: bool = True
     observer: Observer | None = None
+    on_run: Callable[[Instance, Run], None] | None = None
 
 
 def lay_out(plan: Plan, cluster: ClusterSpec) -> list[list[tuple[int, ...]]]:
@@ -71,7 +77,7 @@ class Service:
         self.clock, self.plan, self.costs, self.ended = clock, plan, costs, ended
         self.requests: dict[int, Request] = {}
         switches = switches or Switches()
-        self._observer = switches.observer
+        self._observer, self._on_run = switches.observer, switches.on_run
         self.instances: list[Instance] = []
         for index, (pool, cost, sites) in enumerate(zip(plan.pools, costs, lay_out(plan, cluster), strict=True)):
             for gpus in sites:
@@ -152,7 +158,7 @@ class Service:
         assert self.transfers is not None, "a hand-over in a plan that is not separated"
         self._note("transfer", request, target, request.decode_rank)
         self.in_transfer.add(request.id)
-        begin_s = self.clock.now
+        request.transfer_start_s = begin_s = self.clock.now
         n_bytes = self.costs[source.pool_index].kv_transfer_bytes(request.isl)
 
         def done() -> None:
@@ -176,7 +182,8 @@ class Service:
         self._note("preempt", request, instance)
 
     def stepped(self, instance: Instance, run: Run) -> None:
-        """Nothing to do: recorders override it."""
+        if self._on_run is not None:
+            self._on_run(instance, run)
 
     def _note(self, what: str, request: Request, instance: Instance | None = None, rank: int = -1) -> None:
         if self._observer is not None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = ("end_s", "step_s", "decode_seqs", "prefill_tokens", "output_tokens", "kv_tokens", "kv_tokens_fullest",
-           "waiting")
+COLUMNS = ("end_s", "step_s", "decode_seqs", "prefill_seqs", "prefill_tokens", "output_tokens", "kv_tokens",
+           "kv_tokens_fullest", "waiting")
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
 
 
 class StepLog:
     """Columns over the steps of one instance, in order.
 
-    `end_s`, `step_s`: when it ended, how long it took. `decode_seqs`, `prefill_tokens`: its batch, summed over ranks.
+    `end_s`, `step_s`: when it ended, how long it took. `decode_seqs`, `prefill_seqs` (chunks),
+    `prefill_tokens`: its batch, summed over ranks.
     `output_tokens` that came out. `kv_tokens`: KV memory in use during the step, in tokens, summed over ranks, and
     `kv_tokens_fullest` on the fullest rank. `waiting` requests.
     """

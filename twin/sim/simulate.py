@@ -1,0 +1,112 @@
+"""`simulate`: one plan under one scenario's traffic, from the spec to a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from twin.cost.model import CostModel
+from twin.cost.network import Network
+from twin.policy.arrivals import named_stream
+from twin.sim.assumptions import assumptions, warnings
+from twin.sim.breakdown import Breakdown
+from twin.sim.instance import Instance, Run
+from twin.sim.outcome import gaps, intervals, pool_result, result_source, series
+from twin.sim.service import PoolCosts, Switches, lay_out
+from twin.sim.timeline import Timeline
+from twin.sim.world import World
+from twin.spec.cluster import ClusterSpec
+from twin.spec.plan import Plan
+from twin.spec.provenance import provenance
+from twin.spec.results import RequestRecord, RunResult
+from twin.spec.scenario import Scenario
+from twin.spec.summarise import counted_window, summarise
+
+
+@dataclass(frozen=True)
+class SimOutput:
+    """`result` is the prediction, `requests` all requests in order of arrival, `trace` Chrome trace events."""
+
+    result: RunResult
+    requests: list[RequestRecord]
+    trace: list[dict[str, Any]]
+
+
+def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_requests: int | None = None,
+             record_trace: bool = True, cost_models: Sequence[PoolCosts] | None = None,
+             coalesce: bool = True) -> SimOutput:
+    """Serve the scenario's traffic with `plan` and say what happens.
+
+    `cost_models`: one for each pool, made here otherwise. `max_requests` shortens the traffic. `coalesce=False` takes
+    decode steps one at a time: slower, same results. `detail` adds one step's flows to the trace. Raises Infeasible when
+    the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
+    """
+    costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
+    breakdowns = [Breakdown() for _ in plan.pools]
+    observers: list[Callable[[Instance, Run], None]] = [
+        lambda instance, run: breakdowns[instance.pool_index].observe(instance, run)]
+    world = World(scenario, plan, costs, max_requests=max_requests, switches=Switches(
+        coalesce=coalesce, on_run=lambda instance, run: _tell(observers, instance, run)))
+    timeline = None
+    if record_trace:
+        timeline = Timeline(world.clients.counted_from_s(), len(world.service.instances))
+        observers.append(timeline.observe)
+    world.run()
+    records = [request.record() for request in world.clients.sent]
+    result = _result(scenario, plan, world, records, breakdowns)
+    trace = timeline.events(world.service.instances, world.clients.sent) if timeline else []
+    return SimOutput(result, records, trace)
+
+
+def _tell(observers: Sequence[Callable[[Instance, Run], None]], instance: Instance, run: Run) -> None:
+    for observer in observers:
+        observer(instance, run)
+
+
+def make_costs(scenario: Scenario, plan: Plan) -> list[PoolCosts]:
+    """The cost model of every pool, placed where its first instance sits."""
+    network = Network(scenario.cluster)
+    seed = int(named_stream(scenario.seed, "routing").integers(2**31))
+    models: list[PoolCosts] = []
+    for pool, sites in zip(plan.pools, lay_out(plan, scenario.cluster), strict=True):
+        first = sites[0][0] - _group_start(scenario.cluster, pool.node_group)
+        models.append(CostModel(scenario.model, scenario.cluster, plan, pool, routing=scenario.routing, seed=seed,
+                                network=network, first_gpu=first))
+    return models
+
+
+def _group_start(cluster: ClusterSpec, name: str | None) -> int:
+    """Index of the first GPU of a node group in the cluster."""
+    place = cluster.groups.index(cluster.group(name))
+    return sum(group.gpus for group in cluster.groups[:place])
+
+
+def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestRecord],
+            breakdowns: list[Breakdown]) -> RunResult:
+    workload, instances = scenario.workload, world.service.instances
+    requests = world.clients.sent
+    window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
+    summary = summarise(records, workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
+                        itl_s=gaps(instances, world.service.requests))
+    pools = tuple(pool_result(pool, costs, [i for i in instances if i.pool_index == index], requests,
+                              breakdowns[index], window)
+                  for index, (pool, costs) in enumerate(zip(plan.pools, world.service.costs, strict=True)))
+    by_role: dict[str, Breakdown] = {pool.role: breakdown for pool, breakdown in zip(plan.pools, breakdowns, strict=True)}
+    return RunResult(
+        kind="prediction", name=plan.name, model=scenario.model.name, cluster=scenario.cluster.name, plan=plan,
+        provenance=provenance(scenario, plan, seed=scenario.seed),
+        latencies=summary.latencies, throughput=summary.throughput, counts=summary.counts, steady=summary.steady,
+        cost=summary.cost, pools=pools, intervals=intervals(summary, by_role),
+        series=series(instances, records, plan.pools), source=result_source(breakdowns),
+        assumptions=assumptions(scenario, plan), warnings=warnings(scenario, plan, summary, pools))
+
+
+def _usd_per_h(cluster: ClusterSpec, plan: Plan) -> float | None:
+    """What the plan's GPUs cost an hour; None where a price is not stated."""
+    prices = [cluster.group(pool.node_group).price_usd_per_gpu_h for pool in plan.pools]
+    if any(price is None for price in prices):
+        return None
+    return float(np.sum([pool.gpus * price for pool, price in zip(plan.pools, prices, strict=True) if price is not None]))
