@@ -37,14 +37,14 @@ class Admission:
         """Admit or reject one request of `request_tokens`.
 
         The measured rates at which requests and tokens finish say when there will be room; 0 for unknown. A request
-        larger than the token limit is admitted when nothing else is outstanding: it could never enter otherwise.
+        larger than the token limit is admitted when no token is outstanding: it could never enter otherwise.
         """
         excess_requests = outstanding_requests + 1 - self.max_outstanding_requests
         if excess_requests > 0:
             return Decision(False, _wait_s(excess_requests, requests_per_s),
                             f"{outstanding_requests} requests are outstanding, the limit is "
                             f"{self.max_outstanding_requests}")
-        if self.max_outstanding_tokens is None or outstanding_requests == 0:
+        if self.max_outstanding_tokens is None:
             return Decision(True)
         excess_tokens = min(outstanding_tokens, outstanding_tokens + request_tokens - self.max_outstanding_tokens)
         if excess_tokens > 0:

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from heapq import heappop, heappush
 from math import ceil
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twin.policy.decode_rows import DecodeRows, Sequence
 from twin.policy.kv_blocks import Blocks, TokenIds
-from twin.policy.steps import BatchLimits, PrefillChunk, RequestState, StepPlan
-from twin.spec.errors import Problem, SpecError
+from twin.policy.steps import BatchLimits, PrefillChunk, RequestState, StepPlan, check_request
+from twin.spec.errors import SpecError
 
 __all__ = ["BatchLimits", "BatchScheduler", "PrefillChunk", "RequestState", "StepPlan"]
+_order = attrgetter("order")
+
 
 class BatchScheduler:
     """The batch of one rank over one block manager. One step is in flight at most."""
@@ -33,6 +37,7 @@ class BatchScheduler:
         self._sequences: dict[int, Sequence] = {}
         self._queue: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries no longer waiting are skipped
         self._prefilling: list[Sequence] = []  # admitted, most urgent first
+        self._landed: list[Sequence] = []  # waiting, yet with blocks: KV handed over; most urgent first
         self._rows = DecodeRows(blocks)
         self._num_held = 0
         self._arrivals = 0
@@ -45,15 +50,20 @@ class BatchScheduler:
 
         `computed_tokens` and `generated_tokens`: KV handed over by a prefill instance and the tokens it already gave;
         with everything but the newest token computed the request decodes in the step that admits it. Blocks reserved
-        beforehand under the same id (where a transfer landed) are taken over. `token_ids` of the prompt let it use the
+        beforehand under the same id (where a transfer landed) are taken over; they may be pre-empted like a running
+        request's, which costs a recompute. `token_ids` of the prompt let it use the
         prefix cache of the block manager.
         """
-        self._check(request_id, prompt_tokens, max_new_tokens, computed_tokens, generated_tokens)
+        if request_id in self._sequences:
+            raise SpecError(f"{request_id} is already here", field="request_id", expected="a new id")
+        check_request(self.limits, self.blocks, prompt_tokens, max_new_tokens, computed_tokens, generated_tokens)
         sequence = Sequence(request_id, (priority, self._arrivals), prompt_tokens, max_new_tokens, computed_tokens,
                             generated_tokens, token_ids)
         self._arrivals += 1
         self._sequences[request_id] = sequence
         self._uncomputed += sequence.known_tokens - computed_tokens
+        if self.blocks.held(request_id):
+            insort(self._landed, sequence, key=_order)
         self._push(sequence)
 
     def schedule(self, draft_tokens: int = 0) -> StepPlan:
@@ -64,14 +74,18 @@ class BatchScheduler:
         is empty when nothing runs, or when what waits needs blocks that `release` has yet to return.
         """
         if self.limits.prefill_first:
+            lost = self._unblock_head()
             _, chunks = self._fill(self.limits.max_batch_tokens, admit=True)
             plan = StepPlan(prefill=chunks) if chunks else self._decode_plan(draft_tokens)
         else:
             plan = self._decode_plan(draft_tokens)
+            lost = self._unblock_head()
             budget = self.limits.max_batch_tokens - sum(plan.decode_tokens)
             joined, chunks = self._fill(budget, admit=not plan.preempted)
             if joined or chunks:
                 plan = StepPlan(chunks, plan.decode + joined, plan.preempted, plan.decode_tokens + (1,) * len(joined))
+        if lost:
+            plan = replace(plan, preempted=plan.preempted + lost)
         self._in_flight = plan
         return plan
 
@@ -137,6 +151,8 @@ class BatchScheduler:
             self._prefilling.remove(sequence)
         elif sequence.phase == "held":
             self._num_held -= 1
+        elif sequence in self._landed:
+            self._landed.remove(sequence)
         if sequence.phase in ("waiting", "prefill"):
             self._uncomputed -= sequence.known_tokens - sequence.computed
         self._end(sequence, False)
@@ -167,6 +183,11 @@ class BatchScheduler:
     def waiting_tokens(self) -> int:
         """Prompt (and recomputed) tokens yet to be computed, of waiting requests and of prompts in progress."""
         return self._uncomputed
+
+    @property
+    def decode_contexts(self) -> NDArray[np.int64]:
+        """KV tokens stored for each decoding request, in the order of the last plan's `decode`."""
+        return self._rows.computed.copy()
 
     @property
     def is_idle(self) -> bool:
@@ -209,23 +230,39 @@ class BatchScheduler:
             widths = np.delete(widths, sorted(evicted))
             rows.leave(evicted)
         for sequence in preempted:
-            self._uncomputed += sequence.computed if sequence.phase == "prefill" else sequence.known_tokens
-            sequence.computed = 0
-            sequence.preemptions += 1
-            self._push(sequence)
+            if sequence.phase == "decode":  # rows are outside the count of uncomputed tokens
+                self._uncomputed += sequence.known_tokens - sequence.computed
+            self._forget_computed(sequence)
+            if sequence.phase != "waiting":
+                self._push(sequence)
         return widths, tuple(sequence.request_id for sequence in preempted)
 
     def _evict_last(self, evicted: set[int]) -> Sequence:
-        """Free the blocks of the least urgent running request; a row is only noted in `evicted`."""
+        """Free the blocks of the least urgent request that has any; a row is only noted in `evicted`."""
         candidates = [row for row in range(len(self._rows)) if row not in evicted]
         last = max(candidates, key=lambda row: self._rows.sequences[row].order)
-        sequence = self._rows.sequences[last]
-        if self._prefilling and self._prefilling[-1].order > sequence.order:
-            sequence = self._prefilling.pop()
-        else:
+        sequence = max((self._rows.sequences[last], *self._prefilling[-1:], *self._landed[-1:]), key=_order)
+        if sequence.phase == "decode":
             evicted.add(last)
+        else:
+            (self._prefilling if sequence.phase == "prefill" else self._landed).pop()
         self.blocks.free(sequence.request_id)
         return sequence
+
+    def _unblock_head(self) -> tuple[int, ...]:
+        """When nothing runs and the first request lacks blocks, take them from the last that landed behind it.
+
+        Without this, handed-over requests that wait could keep each other waiting for ever.
+        """
+        lost: list[int] = []
+        head = self._head()
+        while (head is not None and not self.num_running and self._landed and self._landed[-1] is not head
+               and not self.blocks.can_admit(head.request_id, head.known_tokens, self._matchable_ids(head))):
+            sequence = self._landed.pop()
+            self.blocks.free(sequence.request_id)
+            self._forget_computed(sequence)
+            lost.append(sequence.request_id)
+        return tuple(lost)
 
     def _complete_decode(self, plan: StepPlan, stops: set[int], accepted: Mapping[int, int] | None) -> list[Sequence]:
         rows = self._rows
@@ -235,14 +272,7 @@ class BatchScheduler:
         if accepted:
             gained = np.minimum(gained, [accepted.get(request_id, 1) for request_id in plan.decode])
             assert gained.min() >= 1, "a decode gives at least one token"
-        where: NDArray[np.int64] | slice = slice(None)
-        if plan.decode != rows.ids:  # some were cancelled while the step ran
-            row_of = {request_id: row for row, request_id in enumerate(rows.ids)}
-            alive = [i for i, request_id in enumerate(plan.decode) if request_id in row_of]
-            where = np.array([row_of[plan.decode[i]] for i in alive], dtype=np.int64)
-            gained = gained[alive] if gained.ndim else gained
-        rows.computed[where] += gained
-        rows.remaining[where] -= gained
+        rows.gain(plan.decode, gained)
         ended = rows.remaining <= 0
         if stops:
             stopped = stops.intersection(plan.decode)
@@ -313,12 +343,14 @@ class BatchScheduler:
         cached = self.blocks.admit(head.request_id, head.known_tokens, self._matchable_ids(head))
         self._uncomputed -= cached
         head.computed += cached
+        if head in self._landed:
+            self._landed.remove(head)
         if head.is_decode:
             self._uncomputed -= head.known_tokens - head.computed
             self._rows.join(head)
         else:
             head.phase = "prefill"
-            insort(self._prefilling, head, key=lambda sequence: sequence.order)
+            insort(self._prefilling, head, key=_order)
 
     def _matchable_ids(self, head: Sequence) -> TokenIds | None:
         return head.token_ids if head.computed == 0 else None  # handed-over KV is complete already
@@ -327,7 +359,7 @@ class BatchScheduler:
         left = []
         for chunk in plan.prefill:
             sequence = self._sequences.get(chunk.request_id)
-            if sequence is None or sequence.phase != "prefill" or sequence.computed != chunk.start:
+            if sequence is None or sequence.phase != "prefill":
                 continue  # cancelled while the step ran
             sequence.computed += chunk.tokens
             self._uncomputed -= chunk.tokens
@@ -345,6 +377,11 @@ class BatchScheduler:
 
     # Coming and going.
 
+    def _forget_computed(self, sequence: Sequence) -> None:
+        self._uncomputed += sequence.computed
+        sequence.computed = 0
+        sequence.preemptions += 1
+
     def _push(self, sequence: Sequence) -> None:
         sequence.phase = "waiting"
         heappush(self._queue, (sequence.order, sequence))
@@ -357,25 +394,3 @@ class BatchScheduler:
         sequence.phase = "left"
         del self._sequences[sequence.request_id]
         self.blocks.free(sequence.request_id)
-
-    def _check(self, request_id: int, prompt: int, max_new: int, computed: int, generated: int) -> None:
-        limits = self.limits
-        problems = [Problem(message, field=field, expected=expected) for bad, field, message, expected in (
-            (request_id in self._sequences, "request_id", f"{request_id} is already here", "a new id"),
-            (prompt < 1, "prompt_tokens", f"is {prompt}", "at least 1"),
-            (max_new < 1, "max_new_tokens", f"is {max_new}", "at least 1"),
-            (not 0 <= generated < max(max_new, 1), "generated_tokens", f"is {generated}", f"0..{max_new - 1}"),
-            (not 0 <= computed < max(prompt + generated, 1), "computed_tokens", f"is {computed}",
-             f"0..{prompt + generated - 1}"),
-            (limits.max_context_tokens is not None and prompt + max_new > limits.max_context_tokens, "max_new_tokens",
-             f"prompt {prompt} + output {max_new} tokens exceed the context",
-             f"at most {limits.max_context_tokens} together"),
-            (self.blocks.blocks_for(prompt + max_new - 1) > self.blocks.num_blocks, "max_new_tokens",
-             f"prompt {prompt} + output {max_new} tokens exceed the KV cache",
-             f"at most {self.blocks.num_blocks * self.blocks.block_tokens + 1} together"),
-            (limits.chunk_tokens is None and not generated and prompt - computed > limits.max_batch_tokens,
-             "prompt_tokens", f"{prompt} tokens exceed a step and chunked prefill is off",
-             f"at most max_batch_tokens = {limits.max_batch_tokens}"),
-        ) if bad]
-        if problems:
-            raise SpecError(problems)

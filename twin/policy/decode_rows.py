@@ -100,6 +100,18 @@ class DecodeRows:
         self._ids = None
         return left
 
+    def gain(self, request_ids: tuple[int, ...], tokens: NDArray[np.int64]) -> None:
+        """Book `tokens` (one number, or one a request) for these requests; those that are no rows any more are skipped.
+        """
+        where: NDArray[np.int64] | slice = slice(None)
+        if request_ids != self.ids:  # some were cancelled while the step ran
+            row_of = {request_id: row for row, request_id in enumerate(self.ids)}
+            alive = [i for i, request_id in enumerate(request_ids) if request_id in row_of]
+            where = np.array([row_of[request_ids[i]] for i in alive], dtype=np.int64)
+            tokens = tokens[alive] if tokens.ndim else tokens
+        self.computed[where] += tokens
+        self.remaining[where] -= tokens
+
     def write_back(self, row: int, sequence: Sequence) -> None:
         sequence.computed = int(self._data[0, row])
         sequence.generated = sequence.max_new_tokens - int(self._data[1, row])

@@ -36,6 +36,17 @@ def test_decodes_come_first_and_prompts_fill_the_budget():
     assert batch.is_idle and batch.blocks.num_used == 0 and batch.waiting_tokens == 0
 
 
+def test_contexts_are_listed_as_the_plan_lists_its_decodes():
+    batch = scheduler()
+    batch.add(1, 3, 9)
+    run(batch, 3)
+    batch.add(2, 6, 9)
+    run(batch, 2)
+    assert batch.schedule().decode == (1, 2) and batch.decode_contexts.tolist() == [7, 7]
+    batch.add(3, 5, 9, computed_tokens=5, generated_tokens=1)
+    assert batch.schedule().decode == (1, 2, 3) and batch.decode_contexts.tolist() == [7, 7, 5]
+
+
 def test_chunk_limit_bounds_all_prompt_tokens_of_a_step():
     batch = scheduler(chunk_tokens=5)
     batch.add(1, 3, 1)
@@ -175,6 +186,81 @@ def test_drafts_shrink_to_the_budget_and_are_dropped_before_pre_empting():
     tight.complete(tight.schedule())
     plan = tight.schedule(draft_tokens=2)
     assert plan.decode_tokens == (1, 1) and not plan.preempted
+
+
+def test_a_joining_decode_counts_against_the_budget_after_prompts_in_progress():
+    batch = scheduler()
+    batch.add(1, 40, 1)
+    batch.complete(batch.schedule())
+    batch.add(2, 4, 3, computed_tokens=4, generated_tokens=1)
+    assert run(batch, 2) == [([(1, 16, 16)], [], []), ([(1, 32, 8)], [2], [1])]
+
+
+def test_a_step_that_pre_empts_admits_nobody():
+    batch = scheduler(num_blocks=4, block_tokens=2)
+    batch.add(1, 3, 6)
+    batch.add(2, 3, 4)
+    run(batch, 2)
+    batch.add(3, 1, 1, priority=-1)  # one block would be left for it
+    plan = batch.schedule()
+    assert plan.preempted == (2,) and not plan.prefill
+    batch.complete(plan)
+    assert batch.schedule().prefill == (PrefillChunk(3, 0, 1, True),)
+
+
+def test_an_unchunked_prompt_that_decodes_keep_out_does_not_stop_leaps():
+    batch = scheduler(chunk_tokens=None)
+    batch.add(1, 2, 9)
+    run(batch, 1)
+    batch.add(2, 16, 1)
+    assert batch.decode_only_steps() == 8 and batch.advance(8) == [1]
+    assert batch.schedule().prefill_tokens == 16
+
+
+def test_handed_over_kv_is_not_matched_again():
+    batch = BatchScheduler(BatchLimits(4, 64, 64), BlockManager(20, 4, prefix_cache=True))
+    prompt = list(range(10))
+    batch.add(1, 10, 1, token_ids=prompt)
+    run(batch, 1)
+    batch.add(2, 10, 3, computed_tokens=10, generated_tokens=1, token_ids=prompt)
+    plan = batch.schedule()
+    assert plan.decode == (2,) and batch.state(2).computed_tokens == 10 and batch.waiting_tokens == 0
+    assert batch.blocks.prefix_hit_tokens == 0
+
+
+def test_cancelling_a_held_request_returns_its_blocks():
+    batch = scheduler()
+    batch.add(1, 4, 1)
+    batch.complete(batch.schedule(), hold=True)
+    assert batch.cancel(1) and batch.num_held == 0 and batch.num_waiting == 0 and batch.blocks.num_used == 0
+
+
+def test_prefill_and_decode_instances_pass_every_token_on():
+    prefill, decode = scheduler(num_blocks=12), scheduler(num_blocks=9)
+    for request_id in range(6):
+        prefill.add(request_id, 9 + request_id, 1)
+    landed, done = [], []
+    for _ in range(60):
+        for request_id in prefill.complete(prefill.schedule(), hold=True):
+            landed.append(request_id)
+        if landed and decode.blocks.reserve(landed[0], 9 + landed[0]):
+            request_id = landed.pop(0)
+            decode.add(request_id, 9 + request_id, 4, computed_tokens=9 + request_id, generated_tokens=1)
+            prefill.release(request_id)
+        done += decode.complete(decode.schedule())
+    assert sorted(done) == list(range(6)) and prefill.blocks.num_used == decode.blocks.num_used == 0
+
+
+def test_landed_requests_that_wait_give_way_to_the_first():
+    batch = scheduler(num_blocks=4, block_tokens=4)
+    for request_id in (1, 2):
+        assert batch.blocks.reserve(request_id, 8)
+        batch.add(request_id, 8, 3, computed_tokens=8, generated_tokens=1)  # each needs a third block
+    plan = batch.schedule()
+    assert plan.decode == (1,) and plan.preempted == (2,)
+    assert batch.state(2).computed_tokens == 0 and batch.waiting_tokens == 9
+    batch.complete(plan)
+    assert run(batch, 2) == [([], [1], [1]), ([(2, 0, 9)], [], [])]
 
 
 def test_cancel_in_every_phase_and_while_a_step_runs():

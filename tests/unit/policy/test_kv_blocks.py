@@ -117,6 +117,16 @@ def test_equal_texts_computed_at_the_same_time_keep_private_blocks():
     assert blocks.peek_prefix([5, 5, 5]) == 2
 
 
+def test_an_id_that_comes_back_starts_afresh():
+    blocks = BlockManager(6, 2, prefix_cache=True)
+    for text in ([1, 1, 2, 2], [3, 3, 4, 4]):
+        blocks.match_prefix(1, text)
+        blocks.reserve(1, 4)
+        blocks.commit(1, text)
+        blocks.free(1)
+        assert blocks.peek_prefix([*text, 0]) == 4
+
+
 def test_admission_counts_revived_blocks_as_taken():
     blocks = BlockManager(3, 2, prefix_cache=True)
     blocks.reserve(1, 4)

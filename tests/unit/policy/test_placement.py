@@ -66,12 +66,24 @@ def test_replicas_of_one_expert_sit_on_different_ranks():
 
 
 def test_a_swap_mends_what_longest_first_gets_wrong():
-    # Longest first deals {9,6,6} and {8,7,5}: 21 against 20... swaps find 20.5 impossible, but here 4 ranks of 2 do.
-    load = [[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]]
-    assert rank_load(load, place_global(load, 8, 4)).tolist() == [[11.0] * 4]
-    # {10,5,5} against {9,8,3} after dealing 10|9,8|5,5|3: exchanging nothing is best; {7,5,1} and {6,5,2} end even.
-    load = [[7.0, 6.0, 5.0, 5.0, 2.0, 1.0]]
-    assert sorted(rank_load(load, place_global(load, 6, 2))[0]) == [13.0, 13.0]
+    # Longest first deals {5, 3, 0} and {4, 3, 3}; exchanging a 3 for the 4 makes both 9.
+    load = [[5.0, 4.0, 3.0, 3.0, 3.0, 0.0]]
+    assert rank_load(load, place_global(load, 6, 2)).tolist() == [[9.0, 9.0]]
+
+
+def test_swaps_only_ever_lower_the_fullest_rank():
+    lower = 0
+    for seed in range(20):
+        load = skewed(layers=1, experts=24, seed=seed, sigma=0.5)
+        totals, room = np.zeros(6), np.full(6, 4)
+        for weight in np.sort(load[0])[::-1]:  # longest first, nothing else
+            rank = min((r for r in range(6) if room[r]), key=lambda r: totals[r])
+            totals[rank] += weight
+            room[rank] -= 1
+        fullest = rank_load(load, place_global(load, 24, 6)).max()
+        assert fullest <= totals.max() * (1 + 1e-6)
+        lower += fullest < totals.max() * (1 - 1e-6)
+    assert lower >= 12
 
 
 def test_hierarchical_keeps_groups_on_a_node():
@@ -83,9 +95,7 @@ def test_hierarchical_keeps_groups_on_a_node():
         for g in range(4):
             assert len(set(node_of_slot[group == g].tolist())) == 1
     # Two groups a node, the heaviest with the lightest of what is left.
-    heavy = np.repeat([[8.0, 1.0, 4.0, 5.0]], 8, axis=1).reshape(1, 4, 8).transpose(0, 2, 1)
     load = np.repeat(np.array([[8.0, 1.0, 4.0, 5.0]]), 8, axis=1)
-    assert heavy.size == load.size
     placement = place_hierarchical(load, 32, 8, num_nodes=2, num_groups=4)
     first_node = set((placement.slot_to_logical[0, :16] // 8).tolist())
     assert first_node in ({0, 1}, {2, 3})
@@ -141,6 +151,8 @@ def test_migration_keeps_what_stays_in_its_slot():
     assert moved.placement.slot_to_logical.tolist() == [[0, 4, 2, 3, 0, 1]]
     assert moved.changes == (((1, 4), (5, 1)),) and moved.num_copies == 2
     assert migration(old, old).num_copies == 0
+    twins = Placement(np.array([[0, 0, 1, 2]]), num_ranks=2)
+    assert migration(twins, Placement(np.array([[0, 1, 2, 0]]), 2)).changes == (((1, 1), (2, 0)),)
 
 
 def test_equal_sets_of_experts_under_other_rank_numbers_move_nothing():

@@ -96,6 +96,7 @@ def test_admission_rejects_over_either_limit_with_a_time():
     assert not tokens.admitted and tokens.retry_after_s == 5.0 and "1000" in tokens.reason
     assert admission.decide(9, 0, 1).retry_after_s == 1.0
     assert admission.decide(2, 900, 10**9, tokens_per_s=1.0).retry_after_s == 60.0
+    assert admission.decide(2, 20, 10**9, tokens_per_s=1.0).retry_after_s == 20.0
     assert admission.decide(0, 0, 5000).admitted  # alone, or it could never enter
     assert Admission(4).decide(3, 10**9, 10**9).admitted
     with pytest.raises(SpecError, match="max_outstanding_tokens"):
