@@ -11,9 +11,9 @@ Definitions, the same for a prediction and a measurement:
   load tests do (all tokens over the whole duration, ramp-down included). Open loops close it at the last arrival, when
   the offered load ends, because the time to drain says nothing about the load; where fewer than half of the counted
   requests finished by then, the run was shorter than its own requests and the window also runs to the last finish.
-- **rates**: everything that happened inside the window over its length, whoever did it: a request at its finish, its
-  prompt at its first token, its output evenly from first token to finish. With no warm-up, a closed loop's rate is its
-  total tokens over its duration.
+- **rates**: everything that happened inside the window (after it opens: what ends at that very moment belongs to what
+  came before) over its length, whoever did it: a request at its finish, its prompt at its first token, its output
+  evenly from first token to finish. With no warm-up, a closed loop's rate is its total tokens over its duration.
 - **goodput**: requests that met every objective on their own, at their finish. **Attainment**: their share of all
   submitted after the warm-up; a rejected, failed or unfinished request has missed.
 """
@@ -193,10 +193,10 @@ def _throughput(
     output_tokens = 0.0
     judged = [r for r in records if r.counted]
     for record in records:
-        if record.first_token_s is not None and start <= record.first_token_s <= end:
+        if record.first_token_s is not None and start < record.first_token_s <= end:
             prompt_tokens += record.isl
         output_tokens += _tokens_inside(record, start, end)
-        if record.status == "ok" and record.finish_s is not None and start <= record.finish_s <= end:
+        if record.status == "ok" and record.finish_s is not None and start < record.finish_s <= end:
             finished += 1
             met += meets(record, slo)
     stated = any(limit is not None for limit in (slo.ttft_s, slo.tpot_s, slo.e2e_s))
@@ -223,12 +223,12 @@ def _tokens_inside(record: RequestRecord, start: float, end: float) -> float:
     first, last = record.first_token_s, record.finish_s
     if first is None or record.output_tokens < 1:
         return 0.0
-    inside = float(start <= first <= end)
+    inside = float(start < first <= end)
     rest = record.output_tokens - 1
     if rest and last is not None and last > first:
         inside += rest * max(0.0, min(last, end) - max(first, start)) / (last - first)
     elif rest:
-        inside += rest * (start <= first <= end)
+        inside += rest * (start < first <= end)
     return inside
 
 
