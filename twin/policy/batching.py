@@ -130,9 +130,8 @@ class BatchScheduler:
             raise ValueError(f"cannot advance {steps} steps, only 0..{self.decode_only_steps()}")
         self._in_flight = None
         rows = self._rows
-        for row in rows.short_rows(steps):
-            grown = rows.grow(row, int(rows.computed[row]) + steps)
-            assert grown, "decode_only_steps promised these blocks"
+        grown = rows.grow_all(steps)
+        assert grown, "decode_only_steps promised these blocks"
         rows.computed[:] += steps
         rows.remaining[:] -= steps
         left = rows.leave(np.flatnonzero(rows.remaining == 0).tolist()) if steps else []
@@ -217,6 +216,8 @@ class BatchScheduler:
     def _make_room(self, widths: NDArray[np.int64]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
         """Blocks for every row's step, the most urgent first: drafts are dropped, then the last request evicted."""
         rows, evicted, preempted = self._rows, set[int](), list[Sequence]()
+        if rows.grow_all(widths):
+            return widths, ()
         for row in rows.short_rows(widths):
             while row not in evicted:
                 stored = int(rows.computed[row])

@@ -127,6 +127,17 @@ class DecodeRows:
         self._data[2, row] = self._blocks.held(request_id) * self._blocks.block_tokens
         return True
 
+    def grow_all(self, width: NDArray[np.int64] | int) -> bool:
+        """Reserve blocks for `width` more tokens in every row. False, and nothing changed, when some are missing."""
+        lack = self.computed + width - self.room
+        rows = np.flatnonzero(lack > 0)
+        more = -(-lack[rows] // self._blocks.block_tokens)
+        if more.sum() > self._blocks.num_free:
+            return False
+        self._blocks.extend([self.sequences[row].request_id for row in rows.tolist()], more.tolist())
+        self.room[rows] += more * self._blocks.block_tokens
+        return True
+
     def short_rows(self, width: NDArray[np.int64] | int) -> list[int]:
         """Rows whose blocks cannot store `width` more tokens, most urgent first."""
         short = np.flatnonzero(self.computed + width > self.room).tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -66,6 +66,11 @@ class Blocks(ABC):
         if more > 0:
             self._take(request_id, more)
         return True
+
+    def extend(self, request_ids: Iterable[int], more: Iterable[int]) -> None:
+        """Append `more[i]` > 0 blocks to the table of each request; the caller knows that all of them are free."""
+        for request_id, count in zip(request_ids, more, strict=True):
+            self._take(request_id, count)
 
     def can_admit(self, request_id: int, tokens: int, token_ids: TokenIds | None = None, *, spare: int = 0) -> bool:
         """Whether `admit` would find its blocks now and leave `spare` blocks free. Changes nothing."""
