@@ -168,6 +168,21 @@ class Frontend:
         return FrontendStats(running, len(self._flights) - running, sum(i.steps for i in instances), self._submitted,
                              self._finished, self._handovers.moved_bytes, instances)
 
+    def flight(self, request_id: int) -> Flight:
+        """A request in flight. Raises KeyError for one that ended."""
+        return self._flights[request_id]
+
+    @property
+    def moved_bytes(self) -> int:
+        """KV bytes that decode ranks have received."""
+        return self._handovers.moved_bytes
+
+    def forget(self) -> None:
+        """Drop what was recorded so far (a warm-up)."""
+        self.steps.clear()
+        self.finished_flights.clear()
+        self._handovers.moved_bytes = 0
+
     def rank_pids(self) -> list[int]:
         return self._processes.pids()
 

@@ -69,7 +69,8 @@ class StepLoop:
         self._wake = self._slept_at = 0
         self._idle = True
         self._stopping = False
-        self._began = 0.0
+        self._began = self._ended = 0.0
+        self._rounds = 0
 
     def run(self) -> None:
         """Take steps until told to stop. Raises PeerLost when another rank is gone."""
@@ -99,8 +100,9 @@ class StepLoop:
     def _round(self) -> None:
         if self._idle:
             self.clock.take()  # the time asleep is no part of a step
+            self._ended = time.monotonic()
         self._idle = False
-        self._began = time.monotonic()
+        self._began = self._ended  # steps join without a gap: booking the last one is part of the next
         self.clock.mark("schedule")
         plan, segments, sampled = self._desk.plan() if self._desk else (StepPlan(), [], [])
         tokens = sum(len(s.token_ids) for s in segments)
@@ -112,14 +114,18 @@ class StepLoop:
             if self._desk is not None:
                 self._desk.tell_load()
             return
+        self._rounds += 1
         segments = self._share(segments, packed, agreed.plan_size)
         logits = self._forward(segments, agreed.capacity)
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
             drawn = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled]).tolist() if sampled else []
-            self._desk.book(plan, sampled, drawn, self._began, self._step_record(plan, tokens))
+            record = self._step_record(plan, tokens)
+            self.clock.mark("book")
+            self._desk.book(plan, sampled, drawn, self._began, record)
         elif self._record:
             self.clock.take()
+            self._ended = time.monotonic()
 
     def _agree(self, has_work: bool, plan_size: int, tokens: int) -> Round:
         at, group = self.rank.at, self.rank.groups.control
@@ -150,9 +156,11 @@ class StepLoop:
         """What this step was, for measurements: times on the machine's monotonic clock."""
         if not self._record:
             return None
+        self._ended = time.monotonic()
         parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
-        return {"start": self._began, "end": time.monotonic(), "parts": parts, "decode": len(plan.decode),
-                "prefill": plan.prefill_tokens, "tokens": tokens}
+        return {"start": self._began, "end": self._ended, "parts": parts, "round": self._rounds,
+                "decode": len(plan.decode), "prefills": len(plan.prefill), "prefill_tokens": plan.prefill_tokens,
+                "tokens": tokens}
 
 
 class Desk:
@@ -208,7 +216,7 @@ class Desk:
         if plan.preempted:
             news["preempted"] = list(plan.preempted)
         if record is not None:
-            news["record"] = {**record, "kv": news["load"][2]}
+            news["record"] = {**record, "kv": news["load"][2], "made": len(out)}
         self.control.send(news)
 
     def tell_load(self) -> None:

@@ -53,7 +53,8 @@ class Rank:
     kv_blocks: int
     max_context: int
     device: torch.device
-    weight_bytes: int
+    dense_bytes: int
+    expert_bytes: int
 
     @property
     def kv_bytes(self) -> int:
@@ -80,10 +81,12 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     transformer = Transformer(model, at, params, rig, placement)
     blocks = _kv_blocks(model, pool, at, options, device, groups.control, len(everyone))
     cap = options.max_context or model.max_context
+    held = {kind: sum(p.numel() * p.element_size() for name, p in params.items() if (".experts." in name) == kind)
+            for kind in (False, True)}
     return Rank(model, pool, at, groups, experts, transformer,
                 make_kv(model, at, blocks, pool.block_tokens, dtype, device), blocks,
                 min(cap, model.max_context, blocks * pool.block_tokens), device,
-                sum(p.numel() * p.element_size() for p in params.values()))
+                held[False], held[True])
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:

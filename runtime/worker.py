@@ -60,7 +60,7 @@ def _serve(briefing: Briefing, rank: int, world: int, control: Control, clock: C
     if world > 1:
         guarded(lambda: dist.monitored_barrier(timeout=timedelta(seconds=options.start_timeout_s)))
     control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes, "max_context": built.max_context,
-                  "weight_bytes": built.weight_bytes})
+                  "dense_bytes": built.dense_bytes, "expert_bytes": built.expert_bytes})
     StepLoop(built, control, clock, record=options.record).run()
     control.send({"ev": "totals", "sent_bytes": built.experts.sent_bytes, "expert_load": expert_load(built)})
 

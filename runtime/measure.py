@@ -1,0 +1,231 @@
+"""From what the front end saw to a Measurement: request records, pools, a timeline; by the simulator's definitions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from runtime.flight import Flight
+from runtime.frontend import Frontend
+from runtime.rank import place
+from twin.policy.placement import Placement, rank_load
+from twin.spec.plan import PoolPlan
+from twin.spec.provenance import provenance
+from twin.spec.results import Memory, PoolResult, RequestRecord, RunResult, Series, Summary
+from twin.spec.summarise import counted_window, mark_warmup, summarise
+from twin.spec.workload import WorkloadSpec
+
+Record = dict[str, Any]
+PARTS = {"embed": "embedding", "attention": "attention", "dense_ffn": "ffn/dense", "gate": "moe/gate", "dispatch": "moe/dispatch",
+         "experts": "moe/experts", "combine": "moe/combine", "shared_experts": "moe/shared", "head": "head", "sample": "sampling",
+         "schedule": "host/schedule", "book": "host/book", "wait": "host/wait"}
+"""The phases that ranks time, by the names of the cost model's parts."""
+_MAX_TRACE = 20_000
+_SERIES_POINTS = 240
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an instance: all its DP ranks together. Seconds from the run's start; `parts` a mean over ranks."""
+
+    pool: int
+    instance: int
+    start_s: float
+    end_s: float
+    ranks: tuple[Record, ...]
+    parts: dict[str, float]
+
+    def total(self, field: str) -> float:
+        return sum(rank[field] for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run yields; `write_run` takes it as it is."""
+
+    result: RunResult
+    requests: list[RequestRecord]
+    trace: list[Record]
+    steps: list[Step]
+
+
+def measure(frontend: Frontend, workload: WorkloadSpec, sent: Sequence[Flight], unsent: Sequence[RequestRecord], *,
+            start: float, name: str, cluster: str, seed: int, usd_per_h: float | None = None, command: str = "") -> Run:
+    """The Measurement of a run whose requests were `sent` (and `unsent`: rejected ones), in seconds from `start`.
+
+    The front end must have recorded (EngineOptions.record); call after `stop`, when ranks have told their totals.
+    """
+    base = _instance_numbers(frontend)
+    records = mark_warmup([*(_record(flight, start, base) for flight in sent), *unsent], workload.warmup_fraction)
+    counted = {record.id for record in records if record.counted and record.status == "ok"}
+    gaps = [b - a for flight in sent if flight.request_id in counted for a, b in pairwise(flight.token_times)]
+    gpus = frontend.plan.gpus
+    summary = summarise(records, workload, gpus=gpus, usd_per_h=usd_per_h, itl_s=Summary.of(gaps))
+    steps = group_steps(frontend.steps, start)
+    window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
+    pools = tuple(_pool(frontend, index, pool, steps, window, sent, counted) for index, pool in enumerate(frontend.plan.pools))
+    result = RunResult(
+        kind="measurement", name=name, model=frontend.model.name, cluster=cluster, plan=frontend.plan,
+        provenance=provenance(frontend.model, frontend.plan, workload, seed=seed, command=command,
+                              libraries=("torch", "numpy", "pydantic")),
+        latencies=summary.latencies, throughput=summary.throughput, counts=summary.counts, steady=summary.steady, pools=pools,
+        cost=summary.cost, series=_series(records, steps, frontend), source="measured",
+        assumptions=(f"prompts are random tokens; sampling is greedy; output lengths are fixed; {frontend.options.dtype} on "
+                     f"{frontend.options.device}",))
+    return Run(result, records, _trace(frontend, steps, sent, start, base), steps)
+
+
+def group_steps(records: Iterable[Record], start: float) -> list[Step]:
+    """Steps in order of time, from the records of their DP ranks (those that had work)."""
+    groups: dict[tuple[int, int, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["pool"], record["instance"], record["round"]), []).append(record)
+    steps = []
+    for (pool, instance, _), ranks in groups.items():
+        names = sorted({name for rank in ranks for name in rank["parts"]})
+        parts = {PARTS.get(n, n): sum(r["parts"].get(n, 0.0) for r in ranks) / len(ranks) for n in names if n in PARTS}
+        steps.append(Step(pool, instance, min(r["start"] for r in ranks) - start, max(r["end"] for r in ranks) - start,
+                          tuple(sorted(ranks, key=lambda r: r["dp_rank"])), parts))
+    return sorted(steps, key=lambda step: (step.end_s, step.pool, step.instance))
+
+
+def _record(flight: Flight, start: float, base: dict[tuple[int, int], int]) -> RequestRecord:
+    times = flight.token_times
+    done = flight.finish_reason in ("stop", "length")
+    entry = base[flight.entry.pool, flight.entry.instance]
+    decoder = base[flight.decoder.pool, flight.decoder.instance] if flight.decoder is not None else entry
+    return RequestRecord(
+        id=flight.request_id, arrival_s=flight.arrival - start, isl=len(flight.prompt), osl=flight.params.max_tokens,
+        output_tokens=len(flight.output),
+        prefill_start_s=None if flight.prefill_start is None else flight.prefill_start - start,
+        first_token_s=times[0] - start if times else None, finish_s=times[-1] - start if done else None,
+        itl_max_s=max((b - a for a, b in pairwise(times)), default=None), prefill_instance=entry, decode_instance=decoder,
+        kv_transfer_s=None if flight.transfer is None else flight.transfer[1] - flight.transfer[0],
+        preemptions=flight.preemptions, status="ok" if done else "failed" if flight.finish_reason == "error" else "unfinished")
+
+
+def _instance_numbers(frontend: Frontend) -> dict[tuple[int, int], int]:
+    """Instances counted through all pools, as the simulator counts them."""
+    keys = [(pool, instance) for pool, plan in enumerate(frontend.plan.pools) for instance in range(plan.instances)]
+    return {key: number for number, key in enumerate(keys)}
+
+
+def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step], window: tuple[float, float],
+          sent: Sequence[Flight], counted: set[int]) -> PoolResult:
+    mine = [s for s in steps if s.pool == index]
+    shown = [s for s in mine if window[0] < s.end_s <= window[1]] if window[1] > window[0] else mine
+    span = window[1] - window[0] if window[1] > window[0] else max((s.end_s for s in mine), default=0.0)
+    busy = sum(s.end_s - s.start_s for s in shown)
+    kv = [rank["kv"] for s in shown for rank in s.ranks]
+    moved = [f for f in sent if f.transfer is not None and (f.entry if pool.role == "prefill" else f.decoder).pool == index]
+    names = sorted({name for s in shown for name in s.parts})
+    return PoolResult(
+        role=pool.role, instances=pool.instances, gpus=pool.gpus, dp=pool.dp, tp=pool.tp, ep=pool.ep,
+        utilisation=min(1.0, busy / span / pool.instances) if span > 0 else 0.0, steps=len(shown),
+        step_s=Summary.of([s.end_s - s.start_s for s in shown]),
+        batch_seqs_mean=_mean([s.total("decode") + s.total("prefills") for s in shown]),
+        batch_tokens_mean=_mean([s.total("tokens") for s in shown]), kv_usage_mean=_mean(kv), kv_usage_max=max(kv, default=0.0),
+        preemptions=sum(f.preemptions for f in sent if (f.decoder or f.entry).pool == index),
+        breakdown_s={name: _mean([s.parts.get(name, 0.0) for s in shown]) for name in names},
+        sources=dict.fromkeys(names, "measured"), memory=_memory(frontend, index, pool),
+        expert_load=_expert_load(frontend, index, pool),
+        kv_transfer_s=Summary.of([f.transfer[1] - f.transfer[0] for f in moved if f.transfer and f.request_id in counted])
+        if pool.role != "mixed" else None,
+        kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else 0.0
+
+
+def _memory(frontend: Frontend, index: int, pool: PoolPlan) -> Memory | None:
+    """Bytes on the fullest rank of a pool, as the ranks stated them when they were ready."""
+    ranks = [r for t in frontend.targets.targets if t.pool == index for r in t.tp_ranks if r in frontend.ready]
+    if not ranks:
+        return None
+    ready = [frontend.ready[r] for r in ranks]
+    dense, experts, kv = (float(max(m[name] for m in ready)) for name in ("dense_bytes", "expert_bytes", "kv_bytes"))
+    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    blocks = int(ready[0]["kv_blocks"])
+    return Memory(hbm_bytes=total, dense_weight_bytes=dense, expert_weight_bytes=experts, kv_pool_bytes=kv,
+                  activation_bytes=0.0, comm_buffer_bytes=0.0, reserved_bytes=0.0,
+                  free_bytes=max(0.0, total - dense - experts - kv), kv_tokens=blocks * pool.block_tokens, kv_blocks=blocks)
+
+
+def _expert_load(frontend: Frontend, index: int, pool: PoolPlan) -> tuple[tuple[float, ...], ...] | None:
+    """Tokens sent to every EP rank, relative to the mean of its layer, over the whole run; replicas share evenly."""
+    slots = place(frontend.model, pool)
+    ranks = [r for t in frontend.targets.targets if t.pool == index for r in t.tp_ranks if r in frontend.totals]
+    if slots is None or not ranks:
+        return None
+    load_LE = np.sum([frontend.totals[r]["expert_load"] for r in ranks], axis=0).astype(float)
+    if not load_LE.sum():
+        return None
+    load_LR = rank_load(load_LE, Placement(np.array(slots), pool.ep))
+    return tuple(tuple(round(float(x), 6) for x in row / max(row.mean(), 1e-12)) for row in load_LR)
+
+
+def _series(records: Sequence[RequestRecord], steps: Sequence[Step], frontend: Frontend) -> tuple[Series, ...]:
+    end_s = max((s.end_s for s in steps), default=0.0)
+    if end_s <= 0:
+        return ()
+    times = np.linspace(0.0, end_s, _SERIES_POINTS + 1)[1:]
+    arrivals = np.sort([r.arrival_s for r in records])
+    leaves = np.sort([r.arrival_s if r.finish_s is None else r.finish_s for r in records])
+    inside = np.searchsorted(arrivals, times, "right") - np.searchsorted(leaves, times, "right")
+    found = [_one_series("requests in the system", "requests", times, inside.astype(float))]
+    for index, pool in enumerate(frontend.plan.pools):
+        mine = [s for s in steps if s.pool == index]
+        name = pool.role if len(frontend.plan.pools) <= 2 else f"{pool.role} {index}"
+        ends = np.array([s.end_s for s in mine])
+        made = np.concatenate([[0.0], np.cumsum([s.total("made") for s in mine])])
+        rate = np.diff(made[np.searchsorted(ends, times, "right")], prepend=0.0) / np.diff(times, prepend=0.0)
+        running = np.array([s.total("decode") + s.total("prefills") for s in mine] or [0.0])
+        at = np.minimum(np.searchsorted(ends, times, "left"), len(running) - 1)
+        found += [_one_series(f"{name}: running", "sequences", times, running[at]),
+                  _one_series(f"{name}: output", "tok/s", times, rate)]
+    return tuple(found)
+
+
+def _one_series(name: str, unit: str, times: np.ndarray, values: np.ndarray) -> Series:
+    return Series(name=name, unit=unit, time_s=tuple(round(float(t), 9) for t in times),
+                  value=tuple(round(float(v), 9) for v in values))
+
+
+def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], start: float,
+           base: dict[tuple[int, int], int]) -> list[Record]:
+    """Chrome trace events: a process an instance, a thread a DP rank; steps with their parts, and KV transfers."""
+    events: list[Record] = []
+    for target in frontend.targets.targets:
+        pid = base[target.pool, target.instance]
+        if target.dp_rank == 0:
+            events.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0,
+                           "args": {"name": f"{target.plan.role} instance {target.instance}"}})
+        events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": target.dp_rank,
+                       "args": {"name": f"DP rank {target.dp_rank}"}})
+    heads = len(events)
+    for step in steps[:_MAX_TRACE]:
+        for rank in step.ranks:
+            parts = {PARTS.get(name, name): round(seconds * 1e6, 1) for name, seconds in rank["parts"].items() if name in PARTS}
+            events.append({"name": f"{rank['decode']} decode + {rank['prefill_tokens']} prompt tokens", "ph": "X", "cat": "step",
+                           "pid": base[step.pool, step.instance], "tid": rank["dp_rank"], "ts": _us(rank["start"] - start),
+                           "dur": _us(rank["end"] - rank["start"]), "args": {**parts, "unit": "us"}})
+    for flight in sent:
+        if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
+            here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}
+            there = {"pid": base[flight.decoder.pool, flight.decoder.instance], "tid": flight.decoder.dp_rank}
+            name = {"name": f"KV of request {flight.request_id}", "cat": "kv", "id": flight.request_id}
+            began, ended = (_us(t - start) for t in flight.transfer)
+            events += [{**name, **here, "ph": "b", "ts": began, "args": {"tokens": len(flight.prompt)}},
+                       {**name, **here, "ph": "e", "ts": ended}, {**name, **here, "ph": "s", "ts": began},
+                       {**name, **there, "ph": "f", "bp": "e", "ts": ended}]
+    return events[:heads] + sorted(events[heads:], key=lambda e: (e["ts"], e["pid"], e["tid"]))
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
