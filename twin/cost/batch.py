@@ -103,7 +103,7 @@ def features(batch: StepBatch, extents: Extents, pad: Callable[[Array], Array] |
         if limit is not None:
             x[..., kv] = np.minimum(context, seqs * limit)
             x[..., pairs] = x[..., kv] * (1 + extents.drafts)
-    x[..., 3], x[..., 4] = padded, queries
+    x[..., 3], x[..., 4] = padded, padded
     new = np.asarray(batch.prefill_tokens, dtype=float)
     if new.any():
         _prefill_features(x, batch, new, extents)

@@ -19,8 +19,10 @@ class Engine:
 
     step_host_s, seq_host_s: host seconds of a step that the GPU waits for, fixed and per running sequence;
     graph_launch_s, eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one
-    without; graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
-    reserved_bytes: context, libraries and graphs; activation_factor: live activations in units of tokens x hidden;
+    without; helper_launches: small kernels a layer (rotary, casts, indices) that the operator table folds into others;
+    graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
+    reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
+    (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
     shared_overlap: shared experts run beside the all-to-all; tbo_comm_slowdown, tbo_compute_slowdown: how much longer
     each stream of two-batch overlap takes while the other runs (memory and cache are shared).
     """
@@ -30,9 +32,11 @@ class Engine:
     seq_host_s: float
     graph_launch_s: float
     eager_launch_s: float
+    helper_launches: int
     graph_sizes: tuple[int, ...]
     memory_fraction: float
     reserved_bytes: float
+    ep_reserved_bytes: float
     activation_factor: float
     shared_overlap: bool
     comm_nvlink: CommBackend
@@ -55,24 +59,30 @@ _TRTLLM_GRAPHS = _ladder((1, 2, 1), (4, 4, 1), (8, 128, 8), (256, 256, 1), (512,
 _GIB = 2.0**30
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
-    Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6,
-           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, activation_factor=16.0,
-           shared_overlap=False, comm_nvlink="symm", comm_prefill="nccl", comm_decode="nccl",
+    Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
+           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
+           activation_factor=16.0, shared_overlap=False,
+           comm_nvlink="symm", comm_prefill="nccl", comm_decode="nccl",
            tbo_comm_slowdown=1.2, tbo_compute_slowdown=1.1,
            note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
-    Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6,
-           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, activation_factor=24.0,
-           shared_overlap=False, comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15, note="asynchronous scheduling; default all-to-all is ag_rs"),
-    Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6,
-           graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, activation_factor=24.0,
-           shared_overlap=False, comm_nvlink="deepep_normal", comm_prefill="deepep_normal",
-           comm_decode="deepep_low_latency", tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15,
+    Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
+           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
+           activation_factor=24.0, shared_overlap=False,
+           comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
+           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
+           note="default all-to-all is ag_rs; ep_reserved_bytes from its published free KV memory on H200"),
+    Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6, helper_launches=5,
+           graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
+           activation_factor=24.0, shared_overlap=False,
+           comm_nvlink="deepep_normal", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
+           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
            note="overlap scheduler; slowdowns from the published layer times with and without TBO on 96 H100"),
-    Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6,
-           graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, activation_factor=24.0,
-           shared_overlap=True, comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.15, note="overlap scheduler; one-sided NVLink all-to-all"),
+    Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6, helper_launches=4,
+           graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
+           activation_factor=24.0, shared_overlap=True,
+           comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
+           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
+           note="overlap scheduler; one-sided NVLink all-to-all"),
 )}
 
 

@@ -71,13 +71,15 @@ def activation_bytes_of(model: ModelSpec, precision: Precision, pool: PoolPlan, 
 
 def comm_buffer_bytes(model: ModelSpec, precision: Precision, pool: PoolPlan, backend: str) -> float:
     """Registered buffers of the all-to-all: none for one rank. Low latency keeps a slot for every (expert, token) in both
-    phases, doubled; normal and ring buffers are about 2 GiB and 1 GiB; one-sided pushes keep two receive buffers."""
+    phases, doubled, and works on as many; normal and ring buffers are about 2 GiB and 1 GiB; one-sided pushes keep two
+    receive buffers."""
     if model.moe is None or pool.world <= 1:
         return 0.0 if pool.world <= 1 else 256.0 * 2**20
     slots = model.moe.experts + pool.redundant_experts
     tokens = pool.max_num_seqs * (1 + pool.mtp_draft_tokens)
     if backend == "deepep_low_latency":
-        return 2.0 * 2 * slots * min(tokens, 256) * (model.hidden * 2 + 16)
+        workspace = 3 * model.hidden + 5 * model.moe.intermediate  # received fp8, both GEMMs' outputs, fp8 between
+        return slots * min(tokens, 256.0) * (2 * 2 * (model.hidden * 2 + 16) + workspace)
     if backend == "symm":
         return 2.0 * min(tokens, 4096) * min(pool.ep, model.moe.top_k) * model.hidden * activation_bytes(precision.weights)
     return {"deepep_normal": 2.0, "nccl": 1.0, "ag_rs": 1.0}.get(backend, 0.0) * 2**30
@@ -98,7 +100,8 @@ def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: En
     live = activation_bytes_of(model, precision, pool, engine)
     buffers = comm_buffer_bytes(model, precision, pool, backend)
     state = pool.max_num_seqs * model.state_elements / pool.tp * 4.0
-    fixed = dense + experts + live + buffers + engine.reserved_bytes + state
+    reserved = engine.reserved_bytes + (engine.ep_reserved_bytes if pool.ep > 1 and pool.dp > 1 else 0.0)
+    fixed = dense + experts + live + buffers + reserved + state
     allowed = pool.memory_fraction * hbm_bytes
     block = kv_block_bytes(model, precision, pool)
     blocks = pool.kv_blocks if pool.kv_blocks is not None else int((allowed - fixed) // block) if block else 1 << 20
@@ -111,5 +114,5 @@ def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: En
             constraint="memory", needed=needed, available=allowed, unit="bytes")
     return Memory(hbm_bytes=hbm_bytes, dense_weight_bytes=dense, expert_weight_bytes=experts,
                   kv_pool_bytes=blocks * block + state, activation_bytes=live, comm_buffer_bytes=buffers,
-                  reserved_bytes=engine.reserved_bytes, free_bytes=hbm_bytes - needed,
+                  reserved_bytes=reserved, free_bytes=hbm_bytes - needed,
                   kv_tokens=blocks * pool.block_tokens, kv_blocks=blocks)

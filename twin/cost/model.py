@@ -94,7 +94,8 @@ class CostModel:
             streams = stack.streams(x)
             parts["overlap/shared_experts"] = -float(np.minimum(streams.shared, streams.comm)[0])
         if self._drafts is not None:
-            parts["mtp/draft"] = float(self._draft_s(batch)[0])
+            draft_s = float(self._draft_s(batch)[0])
+            parts |= {"mtp/draft": draft_s} if draft_s else {}
         device_s = sum(parts.values())
         parts["host/overhead"] = float(self._host_s(batch)[0])
         launch_s = float(self._launch_s(x, np.array([device_s]), np.array([tbo]))[0])
@@ -210,8 +211,9 @@ class CostModel:
         covered = self.pool.cuda_graphs & decode_only & (x[..., INDEX["tokens"]].max(axis=-1) <= self._graph_sizes[-1])
         if covered.all():
             return np.zeros(len(x))
-        launches = self._stack.table.launches(x).max(axis=-1) * (1 + tbo)
-        eager_s = np.maximum(launches * self.site.engine.eager_launch_s - device_s, 0.0)
+        engine = self.site.engine
+        launches = (self._stack.launches(x) + engine.helper_launches * self.model.layers) * (1 + tbo)
+        eager_s = np.maximum(launches * engine.eager_launch_s - device_s, 0.0)
         return np.asarray(np.where(covered, 0.0, eager_s))
 
     # --- memory and transfer

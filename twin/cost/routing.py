@@ -104,26 +104,37 @@ def slot_shares(popularity_LE: Array, placement: Placement) -> Array:
 def touch_probability(moe: MoE, popularity_E: Array, slot_expert_S: Ints, owner_S: Ints, owners: int) -> Array:
     """Chance that a token has at least one of its top-k on each owner (a rank, or a node): [owners].
 
-    k draws without replacement: after i draws what is left weighs 1 - i x (mean share of a drawn expert), so an owner
-    of share s stays untouched with probability prod(1 - s / left_i): exact for equal experts. Group-limited routing
-    averages over the sets of groups a token may keep.
+    k draws without replacement. Equal experts: hypergeometric. Unequal: the product of 1 - k s over an owner's slots,
+    corrected by what drawing without replacement changes for equal experts of the same total. Group-limited routing
+    averages over the sets of groups a token may keep; a group is kept for its best experts, so each kept group is drawn
+    from once, and the rest of the k from all kept ones.
     """
-    experts = moe.experts
-    copies = np.bincount(slot_expert_S, minlength=experts)
+    copies = np.bincount(slot_expert_S, minlength=moe.experts)
     by_slot = (popularity_E / np.maximum(copies, 1))[slot_expert_S]
-    group_of_slot = slot_expert_S // (experts // moe.groups)
+    if moe.top_k_groups < moe.groups:
+        return _touch_grouped(moe, popularity_E, by_slot, slot_expert_S, owner_S, owners)
+    share = np.bincount(owner_S, weights=by_slot, minlength=owners)
+    slots = np.maximum(np.bincount(owner_S, minlength=owners), 1)
+    apart = np.bincount(owner_S, weights=np.log1p(-np.minimum(moe.top_k * by_slot, 1 - 1e-12)), minlength=owners)
+    equal = slots * np.log1p(-np.minimum(moe.top_k * share / slots, 1 - 1e-12))
+    drawn = np.arange(moe.top_k)[:, None] / moe.experts
+    without = np.prod(np.clip(1.0 - share / (1.0 - drawn), 0.0, 1.0), axis=0)
+    return np.asarray(1.0 - np.clip(without * np.exp(apart - equal), 0.0, 1.0))
+
+
+def _touch_grouped(moe: MoE, popularity_E: Array, by_slot: Array, slot_expert_S: Ints, owner_S: Ints, owners: int) -> Array:
+    group_of_slot = slot_expert_S // (moe.experts // moe.groups)
     share_OG = np.zeros((owners, moe.groups))
     np.add.at(share_OG, (owner_S, group_of_slot), by_slot)
     group_share = popularity_E.reshape(moe.groups, -1).sum(axis=1)
-    square = (popularity_E**2).reshape(moe.groups, -1).sum(axis=1)
     keep, weight = _group_sets(moe.groups, moe.top_k_groups, group_share)
-    kept = keep @ group_share  # [sets]
-    size_biased = (keep @ square) / kept**2  # expected share of the expert just drawn
-    share = (share_OG @ keep.T) / kept  # [owners, sets]
-    untouched = np.ones(share.shape)
-    for i in range(moe.top_k):
-        left = np.maximum(1.0 - i * size_biased, 1e-12)
-        untouched *= np.clip(1.0 - share / left, 0.0, 1.0)
+    share = (share_OG @ keep.T) / (keep @ group_share)  # [owners, sets]
+    missed = np.log(np.maximum(1.0 - share_OG / np.maximum(group_share, 1e-30), 1e-30))
+    first = min(moe.top_k_groups, moe.top_k)
+    untouched = np.exp((missed @ keep.T) * (first / moe.top_k_groups))
+    within = moe.experts * moe.top_k_groups / moe.groups
+    for i in range(first, moe.top_k):
+        untouched *= np.clip(1.0 - share / (1.0 - i / within), 0.0, 1.0)
     return np.asarray((1.0 - untouched) @ weight)
 
 

@@ -39,6 +39,11 @@ class Stack:
     moe_layers: int
     shared_columns: Array  # [o]: 1 for the shared experts' operators
 
+    def launches(self, x: Array) -> Array:
+        """Kernels that the busiest rank launches: [n, d, f] -> [n]. A grouped expert FFN is six, an exchange three."""
+        routed = self.moe_layers * ((6 if self.experts is not None else 0) + 3 * len(self.exchanges))
+        return np.asarray(self.table.launches(x).max(axis=-1) + routed)
+
     def streams(self, x: Array) -> Streams:
         """Totals of a pass over `x` [n, d, f]."""
         op_s = self.table.seconds(x)
