@@ -44,12 +44,13 @@ _THREAD_CHARS = 16_384
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """Limits of one service. `max_context` is prompt plus output in tokens; `default_max_tokens` is the output limit of
-    a chat request that states none; `max_outstanding` counts sequences in flight (running or waiting),
-    `max_outstanding_tokens` their prompts plus allowed outputs."""
+    """Limits of one service. `max_context` is prompt plus output in tokens (None: as much as the engine takes);
+    `default_max_tokens` is the output limit of a chat request that states none; `max_outstanding` counts sequences in
+    flight (running or waiting), `max_outstanding_tokens` their prompts plus allowed outputs. A service whose engine
+    failed answers 503 for `failed_s`, then ends."""
 
     model_name: str
-    max_context: int
+    max_context: int | None = None
     api_key: str | None = field(default=None, repr=False)
     max_outstanding: int = 1024
     max_outstanding_tokens: int | None = None
@@ -60,6 +61,7 @@ class GatewaySettings:
     write_timeout_s: float = 30.0
     idle_timeout_s: float = 30.0
     drain_s: float = 10.0
+    failed_s: float = 2.0
 
 
 def serve(frontend_factory: Callable[[], Engine], *, settings: GatewaySettings, vocab: int,
@@ -69,13 +71,16 @@ def serve(frontend_factory: Callable[[], Engine], *, settings: GatewaySettings, 
 
     The factory is called, and the engine started and stopped, on the server's event loop. The key comes from
     EPTWIN_API_KEY unless the settings have one. `on_start` hears the bound port (`port` 0 takes a free one). Raises
-    SpecError for a bad tokenizer, OSError when the address is taken, and what the engine raises on start.
+    SpecError for a bad tokenizer, OSError when the address is taken, what the engine raises on start, and RankFailed
+    when it fails later.
     """
     if settings.api_key is None:
         settings = replace(settings, api_key=os.environ.get(API_KEY_VARIABLE) or None)
     app = create_app(frontend_factory, load_tokenizer(tokenizer_folder, vocab), settings)
     with contextlib.closing(listen(host, port)) as listener:
         GatewayServer(app, settings, on_start=on_start).run(sockets=[listener])
+    if app.state.engine.failure is not None:
+        raise app.state.engine.failure
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -97,7 +102,8 @@ class GatewayServer(uvicorn.Server):
     drains and ends it with KeyboardInterrupt; a second one does not wait."""
 
     def __init__(self, app: FastAPI, settings: GatewaySettings, *, on_start: Callable[[int], None] | None = None) -> None:
-        self._gateway, self._on_start = app, on_start
+        self._gateway, self._on_start, self._failed_s = app, on_start, settings.failed_s
+        self._failed_at: float | None = None
         super().__init__(uvicorn.Config(
             app, http=TimedProtocol, ws="none", lifespan="on", log_level="warning", access_log=False,
             server_header=False, timeout_keep_alive=int(settings.idle_timeout_s), backlog=4096,
@@ -108,6 +114,13 @@ class GatewayServer(uvicorn.Server):
         await super().startup(sockets)
         if self._on_start is not None and self.started and sockets:
             self._on_start(sockets[0].getsockname()[1])
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the service."""
+        if self._gateway.state.engine.failure is not None:
+            self._failed_at = self._failed_at or time.monotonic()
+            self.should_exit = self.should_exit or time.monotonic() - self._failed_at > self._failed_s
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._gateway.state.desk.draining = True
@@ -128,7 +141,7 @@ def create_app(frontend_factory: Callable[[], Engine], tokenizer: Tokenizer, set
                        max_header_bytes=settings.max_header_bytes, body_timeout_s=settings.body_timeout_s)
     for kind in (RequestValidationError, HTTPException, HttpError, EptwinError, Exception):
         app.add_exception_handler(kind, _error_response)
-    _add_probes(app, desk, metrics)
+    _add_probes(app)
     _add_models(app, settings)
     _add_completions(app, _Counter(settings, tokenizer, app))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -137,6 +150,11 @@ def create_app(frontend_factory: Callable[[], Engine], tokenizer: Tokenizer, set
 
 def _stats(app: FastAPI) -> FrontendStats:
     return FrontendStats() if app.state.engine is None else app.state.engine.stats()
+
+
+def _max_context(app: FastAPI, settings: GatewaySettings) -> int:
+    own: int = app.state.engine.max_context
+    return own if settings.max_context is None else min(own, settings.max_context)
 
 
 async def _start_engine(app: FastAPI) -> None:
@@ -214,12 +232,13 @@ class _Counter:
 
     def _output_limit(self, body: Sampling, prompt_tokens: int, param: str, default: int) -> int:
         """Output tokens this request may have. Raises HttpError when prompt and output exceed the context."""
-        room = self._settings.max_context - prompt_tokens
+        context = _max_context(self._app, self._settings)
+        room = context - prompt_tokens
         if prompt_tokens < 1:
             raise HttpError(400, "the prompt is empty", param=param)
         if room < (body.output_limit or 1):
             raise HttpError(400, f"prompt ({prompt_tokens} tokens) and output ({body.output_limit or 1}) exceed the "
-                                 f"context of {self._settings.max_context}", param=param, code="context_length_exceeded")
+                                 f"context of {context}", param=param, code="context_length_exceeded")
         return body.output_limit or min(default, room)
 
 
@@ -254,16 +273,21 @@ def _add_completions(app: FastAPI, counter: _Counter) -> None:
 
 
 def _add_models(app: FastAPI, settings: GatewaySettings) -> None:
-    card = {"id": settings.model_name, "object": "model", "created": int(time.time()), "owned_by": "eptwin",
-            "max_model_len": settings.max_context}
+    created_s = int(time.time())
 
     @app.get("/v1/models", responses=_responses())
     async def models() -> dict[str, Any]:
+        card = {"id": settings.model_name, "object": "model", "created": created_s, "owned_by": "eptwin",
+                "max_model_len": _max_context(app, settings)}
         return {"object": "list", "data": [card]}
 
 
-def _add_probes(app: FastAPI, desk: Desk, metrics: ServiceMetrics) -> None:
+def _add_probes(app: FastAPI) -> None:
+    desk: Desk = app.state.desk
+
     def ready() -> dict[str, str]:
+        if app.state.engine.failure is not None:
+            raise HttpError(503, "the engine has failed", code="engine_failed", retry_after_s=5.0)
         if desk.draining or not desk.ready:
             raise HttpError(503, "draining" if desk.draining else "not ready", retry_after_s=5.0)
         return {"status": "ok"}
@@ -286,7 +310,7 @@ def _add_probes(app: FastAPI, desk: Desk, metrics: ServiceMetrics) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=_responses())
     async def prometheus() -> Response:
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        return Response(app.state.metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _error_response(request: Request, error: Exception) -> Response:

@@ -13,13 +13,16 @@ from twin.spec.errors import EptwinError
 
 
 class Engine(Protocol):
-    """What the gateway asks of a front end. `submit` raises Overloaded when it refuses, SpecError for a bad request;
-    the stream may raise them too, and RankFailed."""
+    """What the gateway asks of a front end. `submit` raises Overloaded when it refuses and SpecError for a bad request;
+    the stream raises RankFailed. `max_context` (prompt plus output, in tokens) holds from the start on; `failure` is
+    set once the engine can serve no more."""
+
+    max_context: int
+    failure: EptwinError | None
 
     def start(self) -> Awaitable[None]: ...
     def stop(self) -> Awaitable[None]: ...
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> TokenStream | Awaitable[TokenStream]: ...
-    def cancel(self, request_id: int) -> object: ...
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> TokenStream: ...
     def stats(self) -> FrontendStats: ...
 
 
@@ -89,8 +92,7 @@ async def generate(spec: ChoiceSpec, engine: Engine, detokenizer: Detokenizer, m
     `start_s` is when the HTTP request came, on the clock of TokenEvent.time. Raises what the engine raises, and
     GenerationFailed when it ends the request as cancelled or in error.
     """
-    submitted = engine.submit(spec.prompt_ids, spec.params)
-    stream: TokenStream = await submitted if isinstance(submitted, Awaitable) else submitted
+    stream = engine.submit(spec.prompt_ids, spec.params)
     timer = _Timer(metrics, start_s)
     scanner = StopScanner(spec.stops)
     metrics.prompt_tokens.inc(len(spec.prompt_ids))

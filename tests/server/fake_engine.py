@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from runtime.gateway import GatewayServer, GatewaySettings, create_app, listen
 from runtime.tokenizer import ByteTokenizer
 from runtime.types import FrontendStats, InstanceStats, SamplingParams, TokenEvent
-from twin.spec.errors import Overloaded
+from twin.spec.errors import EptwinError, Overloaded
 
 TEXT = b"The quick brown fox jumps over the lazy dog; caf\xc3\xa9 \xf0\x9f\xa6\x8a. "
 
@@ -47,6 +47,8 @@ class FakeEngine:
     def __init__(self, step_s: float = 0.02, slots: int = 1024, max_waiting: int = 10_000,
                  script: Callable[[int], int] = lambda i: TEXT[i % len(TEXT)]) -> None:
         self.step_s, self.slots, self.max_waiting, self.script = step_s, slots, max_waiting, script
+        self.max_context = 1 << 20
+        self.failure: EptwinError | None = None
         self.running: dict[int, FakeStream] = {}
         self.waiting: deque[FakeStream] = deque()
         self.steps = self.submitted = self.finished = self.cancelled = 0
@@ -59,7 +61,7 @@ class FakeEngine:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> FakeStream:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> FakeStream:
         if prompt_ids[:1] == [ord("?")]:
             raise RuntimeError("a bug in the engine")
         if len(self.waiting) >= self.max_waiting:

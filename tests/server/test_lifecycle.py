@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -203,3 +204,23 @@ def test_an_engine_that_does_not_start_stops_the_service() -> None:
 
     with pytest.raises(RankFailed, match="rank 1"):
         serve(Broken, settings=GatewaySettings("tiny", 4096), vocab=512, port=0)
+
+
+def test_an_engine_that_fails_later_ends_the_service() -> None:
+    """For a moment clients and probes hear 503, then `serve` raises what happened."""
+    from runtime.gateway import GatewaySettings, serve
+    from twin.spec.errors import RankFailed
+
+    seen: list[tuple[str, int]] = []
+
+    def probe(port: int) -> None:
+        url = f"http://127.0.0.1:{port}"
+        engine.failure = RankFailed("rank 1 died", rank=1)
+        seen.extend((path, call(url, path)[0]) for path in ("/livez", "/readyz", "/health", "/metrics"))
+
+    engine = FakeEngine(STEP_S)
+    settings = GatewaySettings("tiny", failed_s=0.5)
+    with pytest.raises(RankFailed, match="rank 1 died"):
+        serve(lambda: engine, settings=settings, vocab=512, port=0,
+              on_start=lambda port: threading.Thread(target=probe, args=(port,)).start())
+    assert seen == [("/livez", 200), ("/readyz", 503), ("/health", 503), ("/metrics", 200)]

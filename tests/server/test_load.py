@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runtime.bench import BenchOptions, bench
 from test_lifecycle import start_server
+
+from runtime.bench import BenchOptions, bench
 from twin.spec.workload import WorkloadSpec
 
 STEP_S = 0.02
@@ -30,7 +31,8 @@ def hold(streams: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> tuple
         assert run.result.counts.output_tokens == load.requests * osl
         itl = run.result.latencies.itl_s
         growth = memory[-1] / memory[len(memory) // 2] - 1
-        print(f"{streams} streams: ITL p50 {itl.p50:.4f} p99 {itl.p99:.4f} s, {run.result.throughput.output_tok_per_s:.0f} tok/s, "
+        rate = run.result.throughput.output_tok_per_s
+        print(f"{streams} streams: ITL p50 {itl.p50:.4f} p99 {itl.p99:.4f} s, {rate:.0f} tok/s, "
               f"TTFT p50 {run.result.latencies.ttft_s.p50:.4f} s, RSS {memory[-1] >> 20} MiB, growth {growth:+.1%}")
         return itl.p50 or 0, itl.p99 or 0, run.result.throughput.output_tok_per_s, growth
     finally:
