@@ -49,7 +49,7 @@ def test_rows_of_other_ranks_are_skipped(device: torch.device, rng: torch.Genera
 
 def test_counting_launch_agrees(device: torch.device, rng: torch.Generator, monkeypatch) -> None:
     monkeypatch.setattr("runtime.kernels.align._HISTOGRAM_ROWS", 10)
-    ids = torch.randint(0, 6, (50, 2), generator=rng, dtype=torch.int32)
+    ids = torch.randint(0, 6, (2500, 2), generator=rng, dtype=torch.int32)
     check(ids, 6, 16, device, monkeypatch)
 
 

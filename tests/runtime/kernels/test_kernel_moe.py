@@ -9,6 +9,7 @@ from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
 from runtime.kernels import moe, moe_prefill, reference
 from runtime.kernels.moe import Tile, Tiles
 
+FP32_BOUND = 4e-3 if torch.cuda.is_available() else 1e-5  # the GPU multiplies fp32 in tf32
 SMALL = Tiles(Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2))
 
 
@@ -31,24 +32,23 @@ def check(case, bound, device, monkeypatch, run=moe.fused_moe, fp8_rows=False, *
     assert relative_error(got, want) < bound
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-3), (HALF, 1e-2)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, FP32_BOUND), (HALF, 1e-2)])
 @pytest.mark.parametrize("shape", [(7, 2, 5, 64, 48), (1, 4, 8, 96, 32), (33, 3, 4, 40, 24)], ids=str)
 def test_layer(shape, dtype, bound, device, rng, monkeypatch) -> None:
-    # fp32 products may run in tf32 on a GPU: 2e-3
     check(layer(rng, *shape, dtype), bound, device, monkeypatch, tiles=SMALL)
 
 
 def test_one_expert_takes_all(device, rng, monkeypatch) -> None:
     case = layer(rng, 40, 1, 4, 64, 32, torch.float32)
     case["topk_ids_TK"] = torch.full((40, 1), 2, dtype=torch.int32)
-    check(case, 2e-3, device, monkeypatch, tiles=SMALL)
+    check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL)
 
 
 def test_experts_of_other_ranks_add_nothing(device, rng, monkeypatch) -> None:
     case = layer(rng, 19, 3, 6, 64, 32, torch.float32)
     case["w13_E2IH"], case["w2_EHI"] = case["w13_E2IH"][:2].clone(), case["w2_EHI"][:2].clone()
     expert_map = torch.tensor([-1, 1, -1, -1, 0, -1], dtype=torch.int32, device=device)
-    check(case, 2e-3, device, monkeypatch, tiles=SMALL, expert_map=expert_map)
+    check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL, expert_map=expert_map)
 
 
 def test_no_local_expert_gives_zeros(device, rng) -> None:
@@ -95,7 +95,7 @@ def test_fp8_products(device, rng, monkeypatch) -> None:
 @pytest.mark.parametrize("rows, experts", [(8, 128), (512, 128), (2048, 128), (4096, 128), (131072, 128), (64, 32)])
 @pytest.mark.parametrize("weight_bytes", [1, 2])
 def test_tile_ladder_fits_shared_memory(rows: int, experts: int, weight_bytes: int) -> None:
-    tiles = moe.choose_tiles(rows, experts, 768, weight_bytes)
+    tiles = moe.choose_tiles(rows, experts, weight_bytes)
     for tile, columns in ((tiles.up, 2 * tiles.up.n), (tiles.down, tiles.down.n)):
         buffers = tile.stages if tile.m >= 64 else tile.stages - 1
         assert buffers * tile.k * (2 * tile.m + weight_bytes * columns) <= 227 * 1024
