@@ -1,0 +1,1 @@
+"""The sections of a chapter, each a function from a story to a Section; one without data says why it is left out."""
