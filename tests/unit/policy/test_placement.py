@@ -116,9 +116,9 @@ def test_a_layer_without_load_is_placed_and_perfect():
 @pytest.mark.parametrize("ranks", [8, 32])
 def test_skewed_loads_are_levelled_quickly(ranks):
     load = skewed()
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     placement = place_global(load, num_slots=288, num_ranks=ranks)
-    took_s = time.perf_counter() - start_s
+    took_s = time.process_time() - start_s
     assert imbalance(load, linear(58, 256, ranks, 32)).mean() > 1.3
     assert imbalance(load, placement).max() <= 1.02
     assert took_s <= 0.3
