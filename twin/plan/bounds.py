@@ -49,12 +49,7 @@ class Bounds:
         if key not in self._models:
             scenario = self.scenario
             self._models[key] = CostModel(
-                scenario.model,
-                scenario.cluster,
-                plan,
-                key,
-                routing=scenario.routing,
-                seed=scenario.seed,
+                scenario.model, scenario.cluster, plan, key, routing=scenario.routing, seed=scenario.seed
             )
         return self._models[key]
 
@@ -84,6 +79,31 @@ class Bounds:
         rate = min(rates)
         return Bound(rate, rate * self.osl / plan.gpus, tpot_s, ttft_s, constraint, memory)
 
+    def in_flight(self, plan: Plan, requests_per_s: float) -> int:
+        """Sequences that decode at any moment when the plan is in its steady state at this load.
+
+        Little's law: the load of a rank times OSL times the seconds of a step with that many sequences; where no number of
+        sequences carries the load, as many as fit.
+        """
+        total = 0
+        for pool in plan.pools_of("decode", "mixed"):
+            cost = self.cost_model(plan, pool)
+            per_rank = requests_per_s / sum(p.instances * p.dp for p in plan.pools_of("decode", "mixed"))
+            most = min(pool.max_num_seqs, int(cost.kv_blocks_per_rank * pool.block_tokens // (self.isl + self.osl)))
+            seqs = most
+            for size in _ladder(most):
+                if size >= per_rank * self.osl * self._mixed_step_s(pool, cost, size) / cost.tokens_per_step:
+                    seqs = size
+                    break
+            total += seqs * pool.dp * pool.instances
+        return total
+
+    def _mixed_step_s(self, pool: PoolPlan, cost: CostModel, seqs: int) -> float:
+        """A step that decodes `seqs` sequences on every rank, in a mixed pool with the prompts that arrive meanwhile."""
+        prompt_tokens = min(seqs * self.isl / self.osl, pool.max_batch_tokens) if pool.role == "mixed" else 0.0
+        context = self.isl + self.osl / 2
+        return cost.step_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
+
     def _pool(self, plan: Plan, pool: PoolPlan) -> tuple[float, float, float, str]:
         key = pool.model_copy(update={"instances": 1})
         if key not in self._capacity:
@@ -95,16 +115,8 @@ class Bounds:
         return self._capacity[key]
 
     def _prefill(self, pool: PoolPlan, cost: CostModel) -> tuple[float, float, float, str]:
-        slo = self.scenario.workload.slo
         alone_s = self._prompt_s(pool, cost)
-        if slo.ttft_s is not None and alone_s > slo.ttft_s:
-            raise Infeasible(
-                f"a mean prompt alone takes {alone_s:.3g} s to prefill, over the TTFT objective of {slo.ttft_s:.3g} s",
-                constraint="ttft_s",
-                needed=alone_s,
-                available=slo.ttft_s,
-                unit="s",
-            )
+        self._check_ttft(alone_s)
         tokens = float(min(pool.max_batch_tokens, max(cost.kv_blocks_per_rank * pool.block_tokens, 1)))
         step_s = cost.step_s(batch(pool, prefill_tokens=tokens, prompt=self.isl))
         return pool.dp * tokens / self.isl / step_s, 0.0, alone_s, f"{tokens:.0f} prompt tokens a step take {step_s * 1e3:.1f} ms"
@@ -121,7 +133,6 @@ class Bounds:
 
     def _decode(self, pool: PoolPlan, cost: CostModel, *, mixed: bool) -> tuple[float, float, float, str]:
         slo = self.scenario.workload.slo
-        context = self.isl + self.osl / 2
         kv_tokens = cost.kv_blocks_per_rank * pool.block_tokens
         fits = int(kv_tokens // (self.isl + self.osl))
         if fits < 1:
@@ -137,10 +148,9 @@ class Bounds:
         best = (0.0, 0.0, ttft_s, "")
         fastest_s = float("inf")
         for seqs in _ladder(most):
-            prompt_tokens = seqs * self.isl / self.osl if mixed else 0.0
-            if mixed and prompt_tokens > pool.max_batch_tokens:
+            if mixed and seqs * self.isl / self.osl > pool.max_batch_tokens:
                 break
-            step_s = cost.step_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
+            step_s = self._mixed_step_s(pool, cost, seqs)
             tpot_s = step_s / cost.tokens_per_step
             fastest_s = min(fastest_s, tpot_s)
             if slo.tpot_s is not None and tpot_s > slo.tpot_s:
@@ -158,15 +168,14 @@ class Bounds:
                 available=slo.tpot_s,
                 unit="s",
             )
-        if slo.ttft_s is not None and ttft_s > slo.ttft_s:
-            raise Infeasible(
-                f"a mean prompt alone takes {ttft_s:.3g} s to prefill, over the TTFT objective of {slo.ttft_s:.3g} s",
-                constraint="ttft_s",
-                needed=ttft_s,
-                available=slo.ttft_s,
-                unit="s",
-            )
+        self._check_ttft(ttft_s)
         return best
+
+    def _check_ttft(self, alone_s: float) -> None:
+        limit = self.scenario.workload.slo.ttft_s
+        if limit is not None and alone_s > limit:
+            message = f"a mean prompt alone takes {alone_s:.3g} s to prefill, over the TTFT objective of {limit:.3g} s"
+            raise Infeasible(message, constraint="ttft_s", needed=alone_s, available=limit, unit="s")
 
 
 def batch(

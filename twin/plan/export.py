@@ -131,7 +131,8 @@ def _commands(program: Callable[[str], str], arguments: Callable[[Plan, PoolPlan
         for pool in plan.pools:
             nodes = -(-pool.world // cluster.group(pool.node_group).gpus_per_node)
             lines.append(
-                f"# {pool.role}: start {pool.instances} of these, each on {pool.world} GPUs ({nodes} node{'s' if nodes > 1 else ''})"
+                f"# {pool.role}: start {pool.instances} of these, each on {pool.world} GPUs "
+                f"({nodes} node{'s' if nodes > 1 else ''})"
             )
             lines.append(f"{program(model.name)} {shlex.join(arguments(plan, pool))}")
         return "\n".join(lines) + "\n"
