@@ -48,7 +48,7 @@ def filtered(scaled_RV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
     top_k keeps the k best; top_p the shortest prefix that reaches p, at least one token; min_p what has at least that
     fraction of the best token's probability. All three look at the softmax before any cut.
     """
-    ordered, ids = scaled_RV.sort(-1, descending=True, stable=True)
+    ordered, ids = scaled_RV.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
     rank = torch.arange(probs.shape[1], device=probs.device)
