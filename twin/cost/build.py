@@ -11,7 +11,9 @@ from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
 from twin.cost.comm import Exchange, Reach, compile_exchange
 from twin.cost.engines import Engine
-from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work
+from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
+from twin.cost.interpolate import Interpolator
+from twin.cost.measured import Measured, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Protocol
@@ -41,6 +43,7 @@ class Site:
     protocol: Protocol
     popularity_LE: Array | None
     placement: Placement | None
+    profile: Interpolator | None
 
     @property
     def launch_s(self) -> float:
@@ -106,17 +109,30 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
     s = Slice(model, site.precision, site.pool.tp)
     ops: list[Op] = rank_ops(s)
     if draft:  # hidden state and embedding of the last token, joined
-        ops.append(gemm("mtp/projection", s, 2 * model.hidden**2 / site.pool.tp, 3 * model.hidden, 1))
+        ops.append(gemm("mtp/projection", s, 2 * model.hidden, model.hidden / site.pool.tp, 1))
     table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
-    beside = np.array([op.key == "moe/shared" for op in ops], dtype=float)
-    experts: ExpertCost | None = None
-    if shared.work is not None:
-        rates = site.efficiency
-        experts = expert_cost(shared.work, model, site.precision, site.pool, site.gpu,
-                              rates.get("experts", rates["default"]), rates.get("elementwise", rates["default"]),
-                              site.launch_s, model.moe_layers, compute_share)
-    collectives = tuple(tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R))
-    return Stack(table, collectives, experts, shared.exchanges, model.moe_layers, beside)
+    counts = table.launch_counts
+    measured: list[Measured] = []
+    if site.profile is not None:
+        attention, tp = model.attention, site.pool.tp
+        left, measured = split_measured(ops, site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp),
+                                        site.precision.kv, 0 if draft else site.pool.mtp_draft_tokens, compute_share,
+                                        (table.compute, table.memory))
+        table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
+    experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
+    collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile)
+    return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts)
+
+
+def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:
+    if site.profile is not None:
+        found = measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name,
+                                     model.moe_layers, compute_share)
+        if found is not None:
+            return found
+    rates = site.efficiency
+    return expert_cost(work, model, site.precision, site.pool, site.gpu, rates.get("experts", rates["default"]),
+                       rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
 
 
 def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from twin.cost.batch import Array
+from twin.cost.interpolate import Interpolator
+from twin.cost.measured import Evidence, evidence_of
 from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
 from twin.cost.routing import expected_max, load_variance, slot_shares
 from twin.policy.placement import Placement, slots_to_ranks
@@ -64,13 +66,16 @@ class ExpertCost:
 
     log_tokens: Array
     log_gemm_s: Array
-    log_permute_s: Array
+    log_permute_s: Array  # -inf where the GEMM's table includes it
+    evidence: Evidence
 
     def seconds(self, tokens: Array) -> tuple[Array, Array]:
         """(grouped GEMMs, gathering and scattering of tokens) for `tokens` of the whole instance; 0 for none."""
         at = np.log(np.maximum(tokens, 1e-9))
         some = tokens > 0
         gemm = np.exp(np.interp(at, self.log_tokens, self.log_gemm_s)) * some
+        if np.isneginf(self.log_permute_s[0]):
+            return gemm, np.zeros(np.shape(tokens))
         permute = np.exp(np.interp(at, self.log_tokens, self.log_permute_s)) * some
         return gemm, permute
 
@@ -92,4 +97,27 @@ def expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: 
     # activation read and written (quantised on the way), rows gathered by expert and summed back by token
     moved = work.pairs_max * (3 * inner * a + (h * (1 if quantised else a)) * 2 + h * a + h * a / moe.top_k)
     permute_s = moved / (gpu.hbm_bytes_per_s * elementwise.memory) + 4 * launch_s
-    return ExpertCost(np.log(work.tokens), np.log(gemm_s * layers), np.log(permute_s * layers))
+    return ExpertCost(np.log(work.tokens), np.log(gemm_s * layers), np.log(permute_s * layers), Evidence("roofline", 0.25))
+
+
+def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: PoolPlan, profile: Interpolator,
+                         protocol: str, layers: int, share: float = 1.0) -> ExpertCost | None:
+    """From the profile's table of an evenly loaded layer, read at the tokens that would load every rank as the fullest is.
+
+    The table includes the permutation. None where no table of this layout is close enough.
+    """
+    moe = model.moe
+    assert moe is not None
+    layout = protocol if protocol.startswith("deepep") and pool.ep > 1 else "fused"
+    fixed = {"hidden": model.hidden, "intermediate": moe.intermediate, "top_k": moe.top_k, "moe_tp": pool.expert_tp,
+             "experts": moe.experts + pool.redundant_experts, "moe_ep": pool.ep}
+    words = {"layout": layout, "dtype": precision.experts, "gated": "yes",
+             "distribution": "balanced" if layout == "fused" else "uniform"}
+    curve = profile.curve("moe", {name: float(value) for name, value in fixed.items()}, words)
+    if curve is None:
+        return None
+    evidence = evidence_of(curve, 128.0 * pool.dp)
+    if evidence.half_width > 1.0:
+        return None
+    seconds = curve.many(work.tokens * work.pairs_max / work.pairs_mean) * layers / share
+    return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), evidence)

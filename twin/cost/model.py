@@ -15,12 +15,13 @@ from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
 from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
 from twin.cost.defaults import default_efficiency
 from twin.cost.engines import engine_of
-from twin.cost.interval import interval
+from twin.cost.interpolate import Interpolator
+from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network
+from twin.cost.profile import GpuPeaks, ProfileStore
 from twin.cost.stack import Stack, Streams
-from twin.spec.base import Source
-from twin.spec.cluster import ClusterSpec
+from twin.spec.cluster import ClusterSpec, GpuSpec
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
@@ -31,13 +32,15 @@ _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; t
 
 
 class CostModel:
-    """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group.
+    """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group; `profile` is what
+    was measured (an Interpolator shared by many models keeps its curves), None leaves everything to the roofline.
 
     Raises SpecError for a group or protocol that does not exist; `memory()` raises Infeasible when the pool does not fit.
     """
 
     def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
-                 seed: int = 0, network: Network | None = None, first_gpu: int = 0) -> None:
+                 profile: Interpolator | ProfileStore | None = None, seed: int = 0, network: Network | None = None,
+                 first_gpu: int = 0) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
         self.network = network or Network(cluster)
         try:
@@ -54,10 +57,16 @@ class CostModel:
         if model.moe is not None:
             shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
-                         protocol, shares, placement)
+                         protocol, shares, placement, self._interpolator(profile, group.gpu))
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
         self._graph_sizes = np.array(engine.graph_sizes, dtype=float)
         self._memory: Memory | None = None
+
+    def _interpolator(self, profile: Interpolator | ProfileStore | None, gpu: GpuSpec) -> Interpolator | None:
+        if not isinstance(profile, ProfileStore) or gpu.kind == "cpu":
+            return profile if isinstance(profile, Interpolator) else None
+        peaks = GpuPeaks.of(gpu, self.cluster.network)
+        return Interpolator(profile, gpu.name, self.plan.engine, self.plan.engine_version, peaks)
 
     # --- compiled stacks, built when first asked for
     @cached_property
@@ -87,12 +96,10 @@ class CostModel:
         tbo = bool(self._overlaps(x)[0])
         stack = self._stack_beside_comm if tbo else self._stack
         parts = dict(stack.parts(_halved(x)[0] if tbo else x[0]))
-        sources: dict[str, Source] = stack.sources()
         if tbo:
             parts = self._two_halves(parts, stack.streams(_halved(x)))
         elif self.site.engine.shared_overlap and stack.exchanges:
-            streams = stack.streams(x)
-            parts["overlap/shared_experts"] = -float(np.minimum(streams.shared, streams.comm)[0])
+            parts["overlap/shared_experts"] = -float(np.minimum(stack.shared_s(x), stack.streams(x).comm)[0])
         if self._drafts is not None:
             draft_s = float(self._draft_s(batch)[0])
             parts |= {"mtp/draft": draft_s} if draft_s else {}
@@ -102,9 +109,10 @@ class CostModel:
         if launch_s:
             parts["host/launch"] = launch_s
         total_s = float(sum(parts.values()))
-        kept: dict[str, Source] = {key: sources.get(key, "assumed" if key.startswith("host") else "roofline") for key in parts}
+        known = stack.evidence()
+        kept = {key: known.get(key) or plain("assumed" if key.startswith("host") else "roofline") for key in parts}
         low_s, high_s = interval(parts, kept)
-        return StepCost(total_s, parts, kept, low_s, high_s)
+        return StepCost(total_s, parts, {key: evidence.source for key, evidence in kept.items()}, low_s, high_s)
 
     def step_s(self, batch: StepBatch) -> float:
         """`step(batch).total_s` without the parts."""
@@ -164,7 +172,7 @@ class CostModel:
         streams = self._stack.streams(x)
         device_s = streams.compute + streams.comm
         if self.site.engine.shared_overlap and self._stack.exchanges:
-            device_s = device_s - np.minimum(streams.shared, streams.comm)
+            device_s = device_s - np.minimum(self._stack.shared_s(x), streams.comm)
         return np.asarray(device_s)
 
     def _overlaps(self, x: Array) -> npt.NDArray[np.bool_]:

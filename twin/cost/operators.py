@@ -40,11 +40,10 @@ class Slice:
         return "fp32" if self.precision.weights == "fp32" else "bf16"
 
 
-def gemm(key: str, s: Slice, weights: float, io: float, layers: int, *, feature: str = "tokens", launches: int = 1,
-         gate: str = "any", kind: str = "gemm") -> Op:
-    """A dense product: `weights` elements of matrices, `io` activation elements in and out a token."""
-    return Op(key, kind, s.precision.weights, flops={feature: 2 * weights}, bytes={gate: weights * s.w, feature: io * s.a},
-              gate=gate, launches=launches, layers=layers)
+def gemm(key: str, s: Slice, k: float, n: float, layers: int, *, feature: str = "tokens", gate: str = "any") -> Op:
+    """A dense product of one row a unit of `feature` with a k x n matrix."""
+    return Op(key, "gemm", s.precision.weights, flops={feature: 2 * k * n}, bytes={gate: k * n * s.w, feature: (k + n) * s.a},
+              gate=gate, layers=layers, matrix=(k, n))
 
 
 def attention_ops(s: Slice) -> list[Op]:
@@ -70,13 +69,15 @@ def _gqa(s: Slice, layers: int, *, window: bool) -> list[Op]:
     per_pair = 2 * n * (a.head_dim + a.v_head_dim)
     per_query = n * (a.head_dim + a.v_head_dim) * s.a
     stored = kv_width * s.kv_bytes
-    qkv = gemm("attention/projections", s, h * (q_width + kv_width), h + q_width + kv_width, layers)
-    out = gemm("attention/projections", s, n * a.v_head_dim * h, n * a.v_head_dim + h, layers)
+    qkv = gemm("attention/projections", s, h, q_width + kv_width, layers)
+    out = gemm("attention/projections", s, n * a.v_head_dim, h, layers)
     decode = Op("attention/kv_read", "attention_decode", s.core_dtype, flops={f"decode_pairs{seen}": per_pair},
-                bytes={f"decode_kv{seen}": stored, "decode_tokens": per_query}, gate="any_decode", layers=layers)
+                bytes={f"decode_kv{seen}": stored, "decode_tokens": per_query}, gate="any_decode", layers=layers,
+                window=a.sliding_window if window else None)
     prefill_kv = "prefill_kv_window" if window else "prefill_kv"
     prefill = Op("attention/prefill", "attention_prefill", s.core_dtype, flops={f"prefill_pairs{seen}": per_pair},
-                 bytes={prefill_kv: stored, "prefill_tokens": per_query}, gate="any_prefill", layers=layers)
+                 bytes={prefill_kv: stored, "prefill_tokens": per_query}, gate="any_prefill", layers=layers,
+                 window=a.sliding_window if window else None)
     return [qkv, decode, prefill, out, _kv_write(s, layers, kv_width)]
 
 
@@ -95,9 +96,9 @@ def _mla(s: Slice, layers: int) -> list[Op]:
     seen = "_sparse" if a.index_top_k else ""
     absorb = n * rank * (nope + v)
     ops = [
-        gemm("attention/projections", s, h * down, h + down, layers),
-        gemm("attention/projections", s, q_in * up, q_in + up, layers),
-        gemm("attention/projections", s, n * v * h, n * v + h, layers),
+        gemm("attention/projections", s, h, down, layers),
+        gemm("attention/projections", s, q_in, up, layers),
+        gemm("attention/projections", s, n * v, h, layers),
         # W_UK on queries and W_UV on outputs, kept in bf16 by every engine we know
         Op("attention/absorb", "bmm", s.core_dtype, flops={"decode_tokens": 2 * absorb},
            bytes={"any_decode": absorb * s.a, "decode_tokens": n * (nope + v + 2 * rank) * s.a}, gate="any_decode",
@@ -112,8 +113,7 @@ def _mla(s: Slice, layers: int) -> list[Op]:
                          flops={"prefill_pairs_sparse": 2 * n * (2 * rank + rope), "prefill_tokens": 2 * absorb},
                          bytes={"prefill_kv": (rank + rope) * s.kv_bytes, "prefill_tokens": n * (2 * rank + rope) * s.a},
                          gate="any_prefill", layers=layers)]
-    expand = gemm("attention/kv_up", s, rank * n * (nope + v), rank + n * (nope + v), layers, feature="prefill_kv",
-                  gate="any_prefill")
+    expand = gemm("attention/kv_up", s, rank, n * (nope + v), layers, feature="prefill_kv", gate="any_prefill")
     core = Op("attention/prefill", "mla_prefill", s.core_dtype, flops={"prefill_pairs": 2 * n * (nope + rope + v)},
               bytes={"prefill_kv": n * (nope + rope + v) * s.a, "prefill_tokens": n * (nope + rope + v) * s.a},
               gate="any_prefill", layers=layers)
@@ -125,10 +125,10 @@ def _indexer(s: Slice, layers: int) -> list[Op]:
     a, h = s.model.attention, s.model.hidden
     assert a.index_heads and a.index_head_dim
     width = a.index_heads * a.index_head_dim
-    weights = (a.q_lora_rank or h) * width + h * (a.index_head_dim + a.index_heads)
     per_pair = 2 * width + 2 * a.index_heads
     return [
-        gemm("attention/indexer", s, weights, h + width + a.index_head_dim, layers, launches=2),
+        gemm("attention/indexer", s, a.q_lora_rank or h, width, layers),
+        gemm("attention/indexer", s, h, a.index_head_dim + a.index_heads, layers),
         Op("attention/indexer", "indexer", "fp8", flops={"decode_pairs": per_pair, "prefill_pairs": per_pair},
            bytes={"decode_kv": float(a.index_head_dim), "prefill_kv": float(a.index_head_dim),
                   "decode_pairs": 4.0, "prefill_pairs": 4.0}, launches=2, layers=layers),  # scores written and read in fp32
@@ -146,8 +146,8 @@ def _linear(s: Slice, layers: int) -> list[Op]:
     step = 6 * state  # decay, k S, outer product, q S
     scan = step + 2 * chunk * lin.value_heads / s.tp * (lin.key_dim + lin.value_dim)
     return [
-        gemm("attention/projections", s, h * width, h + width, layers),
-        gemm("attention/projections", s, v * h, v + h, layers),
+        gemm("attention/projections", s, h, width, layers),
+        gemm("attention/projections", s, v, h, layers),
         Op("attention/state", "elementwise", s.core_dtype, flops={"decode_tokens": step},
            bytes={"decode_seqs": 2 * state * 4.0, "decode_tokens": (2 * k + 2 * v) * s.a}, gate="any_decode", layers=layers),
         Op("attention/scan", "attention_prefill", s.core_dtype, flops={"prefill_tokens": scan},
@@ -178,9 +178,9 @@ def ffn_ops(s: Slice) -> list[Op]:
 def _gated_ffn(key: str, s: Slice, inner: float, layers: int) -> list[Op]:
     h = s.model.hidden
     return [
-        gemm(key, s, 2 * h * inner, h + 2 * inner, layers),
+        gemm(key, s, h, 2 * inner, layers),
         Op(key, "elementwise", s.core_dtype, bytes={"tokens": 3 * inner * s.a}, layers=layers),
-        gemm(key, s, h * inner, inner + h, layers),
+        gemm(key, s, inner, h, layers),
     ]
 
 
@@ -196,7 +196,7 @@ def other_ops(s: Slice) -> list[Op]:
            layers=model.layers),
         Op("embedding", "elementwise", s.core_dtype, bytes={"tokens": 2 * h * s.a}),
         Op("head", "gemm", s.core_dtype, flops={"rows": 2 * vocab * h},
-           bytes={"any": vocab * h * s.a, "rows": (h + vocab) * s.a}),
+           bytes={"any": vocab * h * s.a, "rows": (h + vocab) * s.a}, matrix=(h, vocab)),
         Op("sampling", "elementwise", s.core_dtype, bytes={"rows": 3 * vocab * 4.0}, launches=3),
     ]
 

@@ -47,7 +47,8 @@ def activation_bytes(dtype: Dtype) -> float:
 @dataclass(frozen=True)
 class Op:
     """One kernel (or fused group) of a rank's step. `flops` and `bytes` map a feature to what one unit of it adds;
-    `gate` is the feature that says whether the kernel runs at all; `kind` names its efficiency."""
+    `gate` is the feature that says whether the kernel runs at all; `kind` names its efficiency; `matrix` is (k, n) of a
+    dense product, `window` what a sliding layer sees: what a measured table is asked with."""
 
     key: str
     kind: str
@@ -57,6 +58,8 @@ class Op:
     gate: str = "any"
     launches: int = 1
     layers: int = 1
+    matrix: tuple[float, float] | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,66 +13,79 @@ from twin.cost.batch import INDEX, Array
 from twin.cost.collectives import Collective
 from twin.cost.comm import Exchange
 from twin.cost.experts import ExpertCost
+from twin.cost.interval import joined, plain
+from twin.cost.measured import Evidence, Measured
 from twin.cost.roofline import OpTable
-from twin.spec.base import Source
 
 _TOKENS = INDEX["tokens"]
+_SHARED_KEY = "moe/shared"
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Seconds of a pass, arrays [n]: what computes, what communicates, the shared experts' part of compute."""
+    """Seconds of a pass, arrays [n]: what computes and what communicates."""
 
     compute: Array
     comm: Array
-    shared: Array
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Everything a pass needs, compiled. `exchanges` (named) is empty where tokens never leave their rank."""
+    """Everything a pass needs, compiled: operators on the roofline (`table`) and from a profile (`measured`).
+    `exchanges` (named) is empty where tokens never leave their rank."""
 
     table: OpTable
+    measured: tuple[Measured, ...]
     collectives: tuple[Collective, ...]
     experts: ExpertCost | None
     exchanges: tuple[tuple[str, Exchange], ...]
     moe_layers: int
-    shared_columns: Array  # [o]: 1 for the shared experts' operators
+    launch_counts: Array  # [f] kernels a rank launches
 
     def launches(self, x: Array) -> Array:
         """Kernels that the busiest rank launches: [n, d, f] -> [n]. A grouped expert FFN is six, an exchange three."""
         routed = self.moe_layers * ((6 if self.experts is not None else 0) + 3 * len(self.exchanges))
-        return np.asarray(self.table.launches(x).max(axis=-1) + routed)
+        return np.asarray((x @ self.launch_counts).max(axis=-1) + routed)
 
     def streams(self, x: Array) -> Streams:
         """Totals of a pass over `x` [n, d, f]."""
-        op_s = self.table.seconds(x)
-        rank_s = op_s.sum(axis=-1)
-        for collective in self.collectives:
-            rank_s = rank_s + collective.seconds(x)
-        slow = rank_s.argmax(axis=-1)
-        rows = np.arange(len(x))
-        compute, shared = rank_s[rows, slow], op_s[rows, slow] @ self.shared_columns
+        rank_s = self.table.seconds(x).sum(axis=-1)
+        for own in (*self.measured, *self.collectives):
+            rank_s = rank_s + own.seconds(x)
+        compute: Array = rank_s.max(axis=-1)
         comm = np.zeros(len(x))
         tokens = x[..., _TOKENS]
+        total = tokens.sum(axis=-1)
         if self.experts is not None:
-            gemm_s, permute_s = self.experts.seconds(tokens.sum(axis=-1))
+            gemm_s, permute_s = self.experts.seconds(total)
             compute = compute + gemm_s + permute_s
         for _, exchange in self.exchanges:
             nvlink_s, rdma_s = exchange.seconds(tokens)
-            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (tokens.sum(axis=-1) > 0))
-        return Streams(compute, comm, shared)
+            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (total > 0))
+        return Streams(compute, comm)
+
+    def shared_s(self, x: Array) -> Array:
+        """Seconds of the shared experts on the rank that has most: [n, d, f] -> [n]."""
+        columns = np.array([op.key == _SHARED_KEY for op in self.table.ops], dtype=float)
+        seconds = self.table.seconds(x) @ columns
+        for own in self.measured:
+            if _SHARED_KEY in own.keys:
+                seconds = seconds + own.parts(x)[_SHARED_KEY]
+        return np.asarray(seconds.max(axis=-1))
 
     def parts(self, x: Array) -> dict[str, float]:
         """Seconds by key of ONE pass, x [d, f]; sums to compute + comm of `streams`."""
         op_s = self.table.seconds(x)
-        extra = [collective.seconds(x) for collective in self.collectives]
-        slow = int((op_s.sum(axis=-1) + sum(extra)).argmax())
-        found: dict[str, float] = {}
-        for op, seconds in zip(self.table.ops, op_s[slow], strict=True):
-            found[op.key] = found.get(op.key, 0.0) + float(seconds)
-        for collective, seconds in zip(self.collectives, extra, strict=True):
-            found[collective.key] = found.get(collective.key, 0.0) + float(seconds[slow])
+        by_key: dict[str, Array] = {}
+        for j, op in enumerate(self.table.ops):
+            by_key[op.key] = by_key.get(op.key, np.zeros(len(x))) + op_s[:, j]
+        for own in self.measured:
+            for key, seconds in own.parts(x).items():
+                by_key[key] = by_key.get(key, np.zeros(len(x))) + seconds
+        for collective in self.collectives:
+            by_key[collective.key] = by_key.get(collective.key, np.zeros(len(x))) + collective.seconds(x)
+        slow = int(np.sum(list(by_key.values()), axis=0).argmax())
+        found = {key: float(seconds[slow]) for key, seconds in by_key.items()}
         tokens = x[:, _TOKENS]
         total = tokens.sum(keepdims=True)
         if self.experts is not None:
@@ -86,11 +99,13 @@ class Stack:
                 found[f"moe/{name}/latency"] = self.moe_layers * exchange.fixed_s
         return {key: seconds for key, seconds in found.items() if seconds}
 
-    def sources(self) -> dict[str, Source]:
+    def evidence(self) -> dict[str, Evidence]:
         """Where each key's seconds come from."""
-        found: dict[str, Source] = {op.key: "roofline" for op in self.table.ops}
-        found |= {collective.key: "calibrated" for collective in self.collectives}
-        found |= {"moe/experts": "roofline", "moe/permute": "roofline"}
-        for name, exchange in self.exchanges:
-            found |= {f"moe/{name}/{part}": exchange.source for part in ("nvlink", "rdma", "latency")}
-        return found
+        pairs = [(op.key, plain("roofline")) for op in self.table.ops]
+        pairs += [(key, evidence) for own in self.measured for key, evidence in zip(own.keys, own.evidence, strict=True)]
+        pairs += [(collective.key, collective.evidence) for collective in self.collectives]
+        pairs += [("moe/experts", self.experts.evidence)] if self.experts is not None else []
+        pairs += [("moe/permute", plain("roofline"))]
+        pairs += [(f"moe/{name}/{part}", plain(exchange.source)) for name, exchange in self.exchanges
+                  for part in ("nvlink", "rdma", "latency")]
+        return joined(pairs)

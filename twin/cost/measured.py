@@ -1,0 +1,164 @@
+"""Operators whose seconds come from an engine profile instead of the roofline.
+
+Dense products depend on one number of rows each, so all that share it add up to one table over it; attention depends on
+two and is read from the profile's own surface. What no table covers well enough stays with the roofline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin.cost.batch import INDEX, Array
+from twin.cost.interpolate import Curve, Interpolator
+from twin.cost.roofline import Op
+from twin.cost.work import equivalent_tokens
+from twin.spec.base import Source
+from twin.spec.model import Attention
+
+_ROWS: Array = np.exp2(np.arange(0.0, 20.01, 0.25))
+_WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where one operator's seconds come from: the kind of source and the log half width of its 80% interval."""
+
+    source: Source
+    half_width: float
+
+
+def evidence_of(curve: Curve, x: float, y: float | None = None) -> Evidence:
+    """Source and interval of a curve at a typical point."""
+    found = curve.estimate(x, y)
+    return Evidence(found.source, float(np.log(found.high_s / found.seconds)))
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Dense products over the rows of one feature: log seconds [o, g], all layers together, and their sum."""
+
+    feature: int
+    keys: tuple[str, ...]
+    log_s: Array
+    log_total: Array
+    evidence: tuple[Evidence, ...]
+
+    def seconds(self, x: Array) -> Array:
+        """[..., f] -> [...]"""
+        rows = x[..., self.feature]
+        return np.asarray(np.exp(np.interp(np.log(np.maximum(rows, 1.0)), np.log(_ROWS), self.log_total)) * (rows > 0))
+
+    def parts(self, x: Array) -> dict[str, Array]:
+        """The sum, split as the operators' own tables split it."""
+        rows, total = np.log(np.maximum(x[..., self.feature], 1.0)), self.seconds(x)
+        each = [np.exp(np.interp(rows, np.log(_ROWS), log_s)) for log_s in self.log_s]
+        whole = np.sum(each, axis=0)
+        parts: dict[str, Array] = {}
+        for key, seconds in zip(self.keys, each, strict=True):
+            parts[key] = parts.get(key, np.zeros(rows.shape)) + total * seconds / whole
+        return parts
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Attention of one kind of layer, decode or prefill, from a table over (batch, length)."""
+
+    op: Op
+    curve: Curve
+    decode: bool
+    drafts: int
+    share: float
+    bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.op.key,)
+
+    def seconds(self, x: Array) -> Array:
+        """[..., f] -> [...]"""
+        return self._decode_s(x) if self.decode else self._prefill_s(x)
+
+    def parts(self, x: Array) -> dict[str, Array]:
+        return {self.op.key: self.seconds(x)}
+
+    def _decode_s(self, x: Array) -> Array:
+        seqs = x[..., INDEX["decode_seqs"]]
+        each = self.curve.many(np.maximum(seqs, 1.0), x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
+        if self.drafts:  # tables have one query a sequence: more of them cost what the roofline says they add
+            one = x.copy()
+            one[..., [INDEX[n] for n in ("decode_tokens", "decode_pairs", "decode_pairs_window", "decode_pairs_sparse")]] /= (
+                1 + self.drafts)
+            each = each * self._bound(x) / np.maximum(self._bound(one), 1e-12)
+        return np.asarray(each * self.op.layers / self.share * (seqs > 0))
+
+    def _bound(self, x: Array) -> Array:
+        return np.asarray(np.maximum(x @ self.bounds[0], x @ self.bounds[1]))
+
+    def _prefill_s(self, x: Array) -> Array:
+        tokens = x[..., INDEX["prefill_tokens"]]
+        if not tokens.any():
+            return np.zeros(tokens.shape)
+        chunks = np.maximum(x[..., INDEX["rows"]] - (x[..., INDEX["tokens"]] - tokens), 1e-9)
+        new = tokens / np.maximum(chunks, 1.0)  # half a chunk (of a split batch) is a shorter chunk
+        past = np.maximum(x[..., INDEX["prefill_kv"]] / chunks - tokens / chunks, 0.0)
+        length = equivalent_tokens(np.maximum(new, 1.0), past, self.op.window or 0)
+        each = self.curve.many(np.maximum(chunks, 1.0), length)
+        return np.asarray(each * self.op.layers / self.share * (tokens > 0))
+
+
+Measured = RowTable | Surface
+
+
+def split_measured(ops: Sequence[Op], profile: Interpolator, attention: Attention, heads: float, kv_heads: int, kv_dtype: str,
+                   drafts: int, share: float, bounds: tuple[Array, Array]) -> tuple[list[Op], list[Measured]]:
+    """Operators that stay with the roofline, and the tables that answer for the others.
+
+    `bounds` are the roofline's coefficient matrices [f, o] of `ops`; `share` the part of the SMs left to compute.
+    """
+    left: list[Op] = []
+    rows: dict[str, list[tuple[Op, Curve]]] = {}
+    found: list[Measured] = []
+    for j, op in enumerate(ops):
+        curve = _curve(op, profile, attention, heads, kv_heads, kv_dtype)
+        if curve is None:
+            left.append(op)
+        elif op.matrix is not None:
+            rows.setdefault(next(iter(op.flops)), []).append((op, curve))
+        else:
+            decode = op.gate == "any_decode"
+            evidence = evidence_of(curve, 32, 2048)
+            found.append(Surface(op, curve, decode, drafts, share, (bounds[0][:, j], bounds[1][:, j]), (evidence,)))
+    for feature, pairs in sorted(rows.items()):
+        each = np.log(np.stack([curve.many(_ROWS) * op.layers / share for op, curve in pairs]))
+        found.append(RowTable(INDEX[feature], tuple(op.key for op, _ in pairs), each, np.log(np.exp(each).sum(axis=0)),
+                              tuple(evidence_of(curve, 128) for _, curve in pairs)))
+    return left, found
+
+
+def _curve(op: Op, profile: Interpolator, attention: Attention, heads: float, kv_heads: int, kv_dtype: str) -> Curve | None:
+    """The profile's curve for an operator, or None where it has none worth more than a roofline."""
+    if op.matrix is not None:
+        curve = profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
+        return curve if curve is not None and evidence_of(curve, 128).half_width <= _WIDEST else None
+    words = {"dtype": op.dtype, "kv_dtype": kv_dtype}
+    if op.kind in ("attention_decode", "attention_prefill") and attention.kind == "gqa" and op.key in _CORES:
+        values = {"heads": heads, "kv_heads": float(kv_heads), "head_dim": float(attention.head_dim),
+                  "window": float(op.window or 0)}
+        curve = profile.curve(op.kind, values, words)
+    elif op.kind in ("mla_decode", "mla_prefill") and _is_deepseek(attention):
+        curve = profile.curve(op.kind, {"heads": heads}, {**words, "scope": "kernel"})
+    else:
+        return None
+    return curve if curve is not None and evidence_of(curve, 32, 2048).half_width <= _WIDEST else None
+
+
+_CORES = ("attention/kv_read", "attention/prefill")
+
+
+def _is_deepseek(a: Attention) -> bool:
+    """The one latent shape that the tables were measured on, attended to in full."""
+    return (a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim) == (512, 128, 64, 128) and not a.index_top_k
