@@ -80,7 +80,7 @@ def serve(frontend_factory: Callable[[], Engine], *, settings: GatewaySettings, 
     with contextlib.closing(listen(host, port)) as listener:
         GatewayServer(app, settings, on_start=on_start).run(sockets=[listener])
     if app.state.engine.failure is not None:
-        raise app.state.engine.failure
+        raise app.state.engine.failure.with_traceback(None)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -257,11 +257,16 @@ def _responses(*more: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorBody, "description": texts[code]} for code in sorted(chosen)}
 
 
+_COMPLETION = {
+    "type": "object", "required": ["id", "object", "created", "model", "choices", "usage"],
+    "properties": {"choices": {"type": "array", "items": {"type": "object", "required": ["index", "finish_reason"]}}}}
+
+
 def _add_completions(app: FastAPI, counter: _Counter) -> None:
     answers = _responses(404, 429, 503)
     answers[200] = {"description": "a completion, or with `stream` its chunks as server-sent events",
-                    "content": {"application/json": {"schema": {"type": "object"}},
-                                "text/event-stream": {"schema": {"type": "string"}}}}
+                    "content": {"application/json": {"schema": _COMPLETION},
+                                "text/event-stream": {"schema": {"type": "object", "required": ["data"]}}}}
 
     @app.post("/v1/chat/completions", response_class=Response, responses=answers)
     async def chat_completions(body: ChatRequest) -> Response:

@@ -17,6 +17,9 @@ from twin.spec.errors import EptwinError, Overloaded
 TEXT = b"The quick brown fox jumps over the lazy dog; caf\xc3\xa9 \xf0\x9f\xa6\x8a. "
 
 
+BREAKS, RAISES = "!break the stream", "!raise an error"
+
+
 class FakeStream:
     """One request's tokens."""
 
@@ -41,8 +44,8 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Every `step_s` each running request gets one token of TEXT (or of `script`). A prompt whose first byte is `!`
-    ends in error at its third token, `?` raises on submit. At most `slots` run; the rest wait."""
+    """Every `step_s` each running request gets one token of TEXT (or of `script`). A prompt that begins with
+    BREAKS ends in error at its third token, one with RAISES raises on submit. At most `slots` run; the rest wait."""
 
     def __init__(self, step_s: float = 0.02, slots: int = 1024, max_waiting: int = 10_000,
                  script: Callable[[int], int] = lambda i: TEXT[i % len(TEXT)]) -> None:
@@ -62,7 +65,7 @@ class FakeEngine:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> FakeStream:
-        if prompt_ids[:1] == [ord("?")]:
+        if list(prompt_ids[:len(RAISES)]) == list(RAISES.encode()):
             raise RuntimeError("a bug in the engine")
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded("full", retry_after_s=2.0, status=429)
@@ -102,7 +105,7 @@ class FakeEngine:
                 reason = "stop"
             elif stream.produced >= stream.params.max_tokens:
                 reason = "length"
-            if index == 2 and stream.prompt[:1] == [ord("!")]:
+            if index == 2 and stream.prompt[:len(BREAKS)] == list(BREAKS.encode()):
                 token, reason = -1, "error"
             stream.events.put_nowait(TokenEvent(token, index, reason, now))
             if reason is not None:

@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 import pytest
-from fake_engine import TEXT, FakeEngine, wait_until
+from fake_engine import BREAKS, RAISES, TEXT, FakeEngine, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 Service = tuple[str, FakeEngine]
@@ -150,15 +150,15 @@ def test_token_ids_as_prompt_and_stop_token(service: Service) -> None:
 
 def test_a_failing_request_fails_alone(service: Service) -> None:
     url, _ = service
-    status, answer, _ = call(url, "/v1/completions", {"prompt": "?", "max_tokens": 5})
+    status, answer, _ = call(url, "/v1/completions", {"prompt": RAISES, "max_tokens": 5})
     assert (status, answer["error"]["type"]) == (500, "server_error")
     assert "bug" not in json.dumps(answer)
-    status, answer, headers = call(url, "/v1/completions", {"prompt": "!", "max_tokens": 5})
+    status, answer, headers = call(url, "/v1/completions", {"prompt": BREAKS, "max_tokens": 5})
     assert status == 503
     assert int(headers["retry-after"]) >= 1
     _, text, _ = call(url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
     assert text["choices"][0]["message"]["content"] == "Th"
-    _, text, _ = call(url, "/v1/completions", {"prompt": "!", "max_tokens": 5, "stream": True})
+    _, text, _ = call(url, "/v1/completions", {"prompt": BREAKS, "max_tokens": 5, "stream": True})
     broken = events(text)[-1]
     assert broken["error"]["code"] == "engine_failed"
     assert broken["choices"][0]["text"] == ""
