@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from twin.cost.batch import StepBatch
+from twin.cost.batch import StepBatch, StepCost
 from twin.sim.instance import Instance, Run
 from twin.spec.base import Source
 
@@ -20,7 +21,7 @@ def stride_at(step: int) -> int:
 
 @dataclass
 class Breakdown:
-    """Sums over the sampled steps of one pool, each standing for `stride_at` steps."""
+    """Sums over the sampled steps of one instance, each standing for `stride_at` steps."""
 
     steps: float = 0.0
     parts_s: dict[str, float] = field(default_factory=dict)
@@ -36,20 +37,20 @@ class Breakdown:
             stride = stride_at(step)
             step += -step % stride
             if step < run.first + run.steps:
-                self._sample(instance, batch_at(run, step - run.first), stride_at(step))
+                self.add(instance.costs.step(batch_at(run, step - run.first)), stride_at(step))
             step += 1
 
-    def _sample(self, instance: Instance, batch: StepBatch, weight: float) -> None:
-        cost = instance.costs.step(batch)
-        self.steps += weight
-        for part, seconds in cost.parts_s.items():
+    def add(self, other: Breakdown | StepCost, weight: float = 1.0) -> None:
+        """Add another one, or one step that stands for `weight` of them."""
+        self.steps += weight * (other.steps if isinstance(other, Breakdown) else 1.0)
+        for part, seconds in other.parts_s.items():
             self.parts_s[part] = self.parts_s.get(part, 0.0) + weight * seconds
-        for part, source in cost.sources.items():
+        for part, source in other.sources.items():
             known = self.sources.setdefault(part, source)
             self.sources[part] = known if known == source else "mixed"
-        self.total_s += weight * cost.total_s
-        self.low_s += weight * cost.low_s
-        self.high_s += weight * cost.high_s
+        self.total_s += weight * other.total_s
+        self.low_s += weight * other.low_s
+        self.high_s += weight * other.high_s
 
     def mean_parts_s(self) -> dict[str, float]:
         """Mean seconds a step by part, in the order of their names."""
@@ -59,6 +60,14 @@ class Breakdown:
     def source(self) -> Source:
         """Where the seconds come from, taken together."""
         return common_source(list(self.sources.values()))
+
+
+def together(breakdowns: Iterable[Breakdown]) -> Breakdown:
+    """The sum, added in the given order (that of the instances, whichever of them stepped first)."""
+    total = Breakdown()
+    for breakdown in breakdowns:
+        total.add(breakdown)
+    return total
 
 
 def batch_at(run: Run, offset: int) -> StepBatch:

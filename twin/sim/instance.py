@@ -98,11 +98,6 @@ class Instance:
         self.ranks[rank].release(request_id)
         self.disturb()
 
-    def landed(self, rank: int, request: Request) -> None:
-        """The KV of a request has arrived in the memory that it was given: it may decode from the next step on."""
-        self.ranks[rank].incoming.remove(request.id)
-        self.enqueue(rank, request)
-
     def kv_usage(self) -> NDArray[np.float64]:
         """Share of each rank's KV memory in use after the last step that is done, [dp]."""
         tokens = self._other + self._context
@@ -251,7 +246,8 @@ class Instance:
                 self.ranks[rank].handovers.append(item)
             elif self.pool.role == "prefill":
                 self.ranks[rank].add(item.id, item.isl, 1, computed_tokens=item.cached_tokens)
-            elif self.pool.role == "decode":
+            elif self.pool.role == "decode":  # its KV has landed in the memory that it was given
+                self.ranks[rank].incoming.remove(item.id)
                 self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.isl, generated_tokens=1)
             else:
                 self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.cached_tokens)

@@ -166,7 +166,7 @@ class Service:
             request.kv_transfer_s = self.clock.now - begin_s
             self.in_transfer.remove(request.id)
             source.release(request.prefill_rank, request.id)
-            target.landed(request.decode_rank, request)
+            target.enqueue(request.decode_rank, request)
 
         self.transfers.start(rank_gpus(source, request.prefill_rank), rank_gpus(target, request.decode_rank), n_bytes, done)
 

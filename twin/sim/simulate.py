@@ -12,7 +12,7 @@ from twin.cost.model import CostModel
 from twin.cost.network import Network
 from twin.policy.arrivals import named_stream
 from twin.sim.assumptions import assumptions, warnings
-from twin.sim.breakdown import Breakdown
+from twin.sim.breakdown import Breakdown, together
 from twin.sim.instance import Instance, Run
 from twin.sim.outcome import gaps, intervals, pool_result, result_source, series
 from twin.sim.service import PoolCosts, Switches, lay_out
@@ -45,9 +45,9 @@ def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_reques
     the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
     """
     costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
-    breakdowns = [Breakdown() for _ in plan.pools]
+    breakdowns = [Breakdown() for pool in plan.pools for _ in range(pool.instances)]
     observers: list[Callable[[Instance, Run], None]] = [
-        lambda instance, run: breakdowns[instance.pool_index].observe(instance, run)]
+        lambda instance, run: breakdowns[instance.number].observe(instance, run)]
     world = World(scenario, plan, costs, max_requests=max_requests, switches=Switches(
         coalesce=coalesce, on_run=lambda instance, run: _tell(observers, instance, run)))
     timeline = None
@@ -91,16 +91,17 @@ def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestR
     window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
     summary = summarise(records, workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
                         itl_s=gaps(instances, world.service.requests))
+    by_pool = [together(breakdowns[i.number] for i in instances if i.pool_index == index) for index in range(len(plan.pools))]
     pools = tuple(pool_result(pool, costs, [i for i in instances if i.pool_index == index], requests,
-                              breakdowns[index], window)
+                              by_pool[index], window)
                   for index, (pool, costs) in enumerate(zip(plan.pools, world.service.costs, strict=True)))
-    by_role: dict[str, Breakdown] = {pool.role: breakdown for pool, breakdown in zip(plan.pools, breakdowns, strict=True)}
+    by_role: dict[str, Breakdown] = {pool.role: breakdown for pool, breakdown in zip(plan.pools, by_pool, strict=True)}
     return RunResult(
         kind="prediction", name=plan.name, model=scenario.model.name, cluster=scenario.cluster.name, plan=plan,
         provenance=provenance(scenario, plan, seed=scenario.seed),
         latencies=summary.latencies, throughput=summary.throughput, counts=summary.counts, steady=summary.steady,
         cost=summary.cost, pools=pools, intervals=intervals(summary, by_role),
-        series=series(instances, records, plan.pools), source=result_source(breakdowns),
+        series=series(instances, records, plan.pools), source=result_source(by_pool),
         assumptions=assumptions(scenario, plan), warnings=warnings(scenario, plan, summary, pools))
 
 
