@@ -13,7 +13,7 @@ from twin.cost.comm import Exchange, Reach, compile_exchange
 from twin.cost.engines import Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
-from twin.cost.measured import Measured, split_measured
+from twin.cost.measured import Ask, Measured, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Protocol
@@ -115,9 +115,9 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
     measured: list[Measured] = []
     if site.profile is not None:
         attention, tp = model.attention, site.pool.tp
-        left, measured = split_measured(ops, site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp),
-                                        site.precision.kv, 0 if draft else site.pool.mtp_draft_tokens, compute_share,
-                                        (table.compute, table.memory))
+        ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
+                  0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module")
+        left, measured = split_measured(ops, ask, (table.compute, table.memory))
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile)

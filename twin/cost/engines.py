@@ -7,6 +7,7 @@ Numbers marked `assumed` are orders of magnitude from the engines' public descri
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from twin.spec.base import Source
 from twin.spec.errors import SpecError
@@ -23,8 +24,9 @@ class Engine:
     graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
     reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
     (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
-    shared_overlap: shared experts run beside the all-to-all; tbo_comm_slowdown, tbo_compute_slowdown: how much longer
-    each stream of two-batch overlap takes while the other runs (memory and cache are shared).
+    shared_overlap: shared experts run beside the all-to-all; tbo_compute_slowdown: how much longer kernels take while
+    the other half batch communicates (memory and cache are shared); mla_prefill: which rows of a profile describe its
+    latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with).
     """
 
     name: str
@@ -42,8 +44,8 @@ class Engine:
     comm_nvlink: CommBackend
     comm_prefill: CommBackend
     comm_decode: CommBackend
-    tbo_comm_slowdown: float
     tbo_compute_slowdown: float
+    mla_prefill: Literal["kernel", "module"]
     source: Source = "assumed"
     note: str = ""
 
@@ -63,25 +65,25 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False,
            comm_nvlink="symm", comm_prefill="nccl", comm_decode="nccl",
-           tbo_comm_slowdown=1.2, tbo_compute_slowdown=1.1,
+           tbo_compute_slowdown=1.1, mla_prefill="kernel",
            note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False,
            comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
+           tbo_compute_slowdown=1.05, mla_prefill="module",
            note="default all-to-all is ag_rs; ep_reserved_bytes from its published free KV memory on H200"),
     Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6, helper_launches=5,
            graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
            activation_factor=24.0, shared_overlap=False,
            comm_nvlink="deepep_normal", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
+           tbo_compute_slowdown=1.05, mla_prefill="module",
            note="overlap scheduler; slowdowns from the published layer times with and without TBO on 96 H100"),
     Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6, helper_launches=4,
            graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
            activation_factor=24.0, shared_overlap=True,
            comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_comm_slowdown=1.3, tbo_compute_slowdown=1.05,
+           tbo_compute_slowdown=1.05, mla_prefill="kernel",
            note="overlap scheduler; one-sided NVLink all-to-all"),
 )}
 

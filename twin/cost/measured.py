@@ -73,6 +73,7 @@ class Surface:
     share: float
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
+    log_products: Array | None = None  # dense products that the table includes, over `_ROWS`, one layer
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -107,53 +108,82 @@ class Surface:
         past = np.maximum(x[..., INDEX["prefill_kv"]] / chunks - tokens / chunks, 0.0)
         length = equivalent_tokens(np.maximum(new, 1.0), past, self.op.window or 0)
         each = self.curve.many(np.maximum(chunks, 1.0), length)
+        if self.log_products is not None:
+            rows = np.log(np.maximum(chunks, 1.0) * length)
+            products = np.exp(np.interp(rows, np.log(_ROWS), self.log_products))
+            each = np.maximum(each - products, self._bound(x) / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
 
 
 Measured = RowTable | Surface
 
 
-def split_measured(ops: Sequence[Op], profile: Interpolator, attention: Attention, heads: float, kv_heads: int, kv_dtype: str,
-                   drafts: int, share: float, bounds: tuple[Array, Array]) -> tuple[list[Op], list[Measured]]:
-    """Operators that stay with the roofline, and the tables that answer for the others.
+@dataclass(frozen=True)
+class Ask:
+    """What one rank's operators ask a profile with. `module` reads latent attention in prefill from rows of the whole
+    block, less its dense products; `share` is the part of the SMs left to compute."""
 
-    `bounds` are the roofline's coefficient matrices [f, o] of `ops`; `share` the part of the SMs left to compute.
-    """
+    profile: Interpolator
+    attention: Attention
+    heads: float
+    kv_heads: int
+    kv_dtype: str
+    drafts: int
+    share: float
+    module: bool
+
+
+def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array]) -> tuple[list[Op], list[Measured]]:
+    """Operators that stay with the roofline, and the tables that answer for the others. `bounds` are the roofline's
+    coefficient matrices [f, o] of `ops`."""
     left: list[Op] = []
     rows: dict[str, list[tuple[Op, Curve]]] = {}
     found: list[Measured] = []
     for j, op in enumerate(ops):
-        curve = _curve(op, profile, attention, heads, kv_heads, kv_dtype)
+        curve = _curve(op, ask)
         if curve is None:
             left.append(op)
         elif op.matrix is not None:
             rows.setdefault(next(iter(op.flops)), []).append((op, curve))
         else:
-            decode = op.gate == "any_decode"
-            evidence = evidence_of(curve, 32, 2048)
-            found.append(Surface(op, curve, decode, drafts, share, (bounds[0][:, j], bounds[1][:, j]), (evidence,)))
+            products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
+            found.append(Surface(op, curve, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
+                                 (evidence_of(curve, 32, 2048),), products))
     for feature, pairs in sorted(rows.items()):
-        each = np.log(np.stack([curve.many(_ROWS) * op.layers / share for op, curve in pairs]))
+        each = np.log(np.stack([curve.many(_ROWS) * op.layers / ask.share for op, curve in pairs]))
         found.append(RowTable(INDEX[feature], tuple(op.key for op, _ in pairs), each, np.log(np.exp(each).sum(axis=0)),
                               tuple(evidence_of(curve, 128) for _, curve in pairs)))
     return left, found
 
 
-def _curve(op: Op, profile: Interpolator, attention: Attention, heads: float, kv_heads: int, kv_dtype: str) -> Curve | None:
+def _curve(op: Op, ask: Ask) -> Curve | None:
     """The profile's curve for an operator, or None where it has none worth more than a roofline."""
     if op.matrix is not None:
-        curve = profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
+        curve = ask.profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
         return curve if curve is not None and evidence_of(curve, 128).half_width <= _WIDEST else None
-    words = {"dtype": op.dtype, "kv_dtype": kv_dtype}
-    if op.kind in ("attention_decode", "attention_prefill") and attention.kind == "gqa" and op.key in _CORES:
-        values = {"heads": heads, "kv_heads": float(kv_heads), "head_dim": float(attention.head_dim),
+    words = {"dtype": op.dtype, "kv_dtype": ask.kv_dtype}
+    if op.kind in ("attention_decode", "attention_prefill") and ask.attention.kind == "gqa" and op.key in _CORES:
+        values = {"heads": ask.heads, "kv_heads": float(ask.kv_heads), "head_dim": float(ask.attention.head_dim),
                   "window": float(op.window or 0)}
-        curve = profile.curve(op.kind, values, words)
-    elif op.kind in ("mla_decode", "mla_prefill") and _is_deepseek(attention):
-        curve = profile.curve(op.kind, {"heads": heads}, {**words, "scope": "kernel"})
+        curve = ask.profile.curve(op.kind, values, words)
+    elif op.kind == "mla_prefill" and ask.module and _is_deepseek(ask.attention):
+        words = {"scope": "module", "layout": "deepep", "dtype": "fp8_block", "gemm_dtype": "fp8_block", "kv_dtype": ask.kv_dtype}
+        curve = ask.profile.curve(op.kind, {"heads": ask.heads}, words)
+    elif op.kind in ("mla_decode", "mla_prefill") and _is_deepseek(ask.attention):
+        curve = ask.profile.curve(op.kind, {"heads": ask.heads}, {**words, "scope": "kernel"})
     else:
         return None
     return curve if curve is not None and evidence_of(curve, 32, 2048).half_width <= _WIDEST else None
+
+
+def _products(ops: Sequence[Op], ask: Ask) -> Array:
+    """Log seconds over `_ROWS` of one layer's attention products: what a row of the whole block includes."""
+    total = np.zeros(len(_ROWS))
+    for op in ops:
+        if op.key in ("attention/projections", "attention/kv_up") and op.matrix is not None:
+            curve = ask.profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
+            total += curve.many(_ROWS) if curve is not None else 0.0
+    return np.asarray(np.log(np.maximum(total, 1e-12)))
 
 
 _CORES = ("attention/kv_read", "attention/prefill")

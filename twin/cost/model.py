@@ -182,16 +182,18 @@ class CostModel:
         return np.asarray(x[..., _FIRST_AMOUNT].min(axis=-1) >= max(self.pool.tbo_min_tokens, 2))
 
     def _overlapped_s(self, half: Streams) -> Array:
-        """Two halves pipelined: the longer stream, and one layer's exchange at the ends that nothing hides."""
-        engine = self.site.engine
-        compute, comm = 2 * half.compute * engine.tbo_compute_slowdown, 2 * half.comm * engine.tbo_comm_slowdown
+        """Two halves pipelined: the longer stream (the unhidden part of exchanges is on the compute stream), and one layer's
+        share of the shorter at the ends, which nothing hides."""
+        protocol = self.site.protocol
+        compute = 2 * half.compute * self.site.engine.tbo_compute_slowdown + 2 * half.comm * protocol.unhidden
+        comm = 2 * half.comm * protocol.beside
         return np.asarray(np.maximum(compute, comm) + np.minimum(compute, comm) / (2 * max(self._stack.moe_layers, 1)))
 
     def _two_halves(self, half_parts: dict[str, float], half: Streams) -> dict[str, float]:
         """Both halves' parts at their slowed rates, and what running them side by side saves."""
-        engine = self.site.engine
+        slower, beside = self.site.engine.tbo_compute_slowdown, self.site.protocol.beside
         comm_keys = tuple(f"moe/{name}/" for name, _ in self._stack.exchanges)
-        parts = {key: 2 * seconds * (engine.tbo_comm_slowdown if key.startswith(comm_keys) else engine.tbo_compute_slowdown)
+        parts = {key: 2 * seconds * (beside if key.startswith(comm_keys) else slower)
                  for key, seconds in half_parts.items()}
         parts["overlap/tbo"] = float(self._overlapped_s(half)[0]) - sum(parts.values())
         return parts

@@ -31,13 +31,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A library's dispatch and combine; `comm_sms` are taken from compute while it runs beside it."""
+    """A library's dispatch and combine. Beside another half batch's compute (two-batch overlap) it takes `comm_sms` SMs and
+    runs `beside` times as long; `unhidden` is the part of it that stays on the compute stream (packing, unpacking)."""
 
     name: str
     pattern: Pattern
     dispatch: Phase
     combine: Phase
     comm_sms: int
+    beside: float
+    unhidden: float
     source: Source
     note: str
 
@@ -51,37 +54,45 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         # 45.6 / 45.0 GB/s of a 50 GB/s NIC; H800 153 / 158 GB/s (own traffic included) 0.67 of its NVLink.
         Phase(nvlink=0.68, rdma=0.91, nvlink_cap=283e9, forward_cap=240e9, base_s=15e-6, remote_s=40e-6),
         Phase(nvlink=0.70, rdma=0.90, nvlink_cap=277e9, forward_cap=190e9, base_s=15e-6, remote_s=40e-6),
-        comm_sms=24, source="calibrated", note="DeepEP V1 normal, published tables 1-4 nodes"),
+        # with and without TBO on 32 H100: 10.5 / 15.7 ms a layer become 14.1 / 20.2
+        comm_sms=24, beside=1.3, unhidden=0.0, source="calibrated",
+        note="DeepEP V1 normal, published tables 1-4 nodes"),
     Protocol(
         "deepep_low_latency", "direct_copies",
         # DeepEP test_low_latency on Hopper + CX7 400G, 8..256 tokens x 7168 top-8: the slope over tokens is 46-48 GB/s on
         # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across.
         Phase(nvlink=0.70, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=14e-6, remote_s=9e-6),
         Phase(nvlink=0.60, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=10e-6, remote_s=12e-6),
-        comm_sms=0, source="calibrated", note="DeepEP V1 low latency, published tables 1-8 nodes"),
+        # with TBO on 72 H100, 256 tokens: 0.175 + 0.193 of about 1.0 ms a layer still shows
+        comm_sms=0, beside=1.0, unhidden=0.35, source="calibrated",
+        note="DeepEP V1 low latency, published tables 1-8 nodes"),
     Protocol(
         "nccl", "direct",
         # nccl-tests alltoall on 8 x H200: 512 MiB in 1.51 ms = 311 GB/s a GPU (0.69), 32 MiB in 124 us, 128 KiB in 9.9 us;
         # across nodes on CX7/EFA 45 GB/s of 50 at 64 MiB falling with size of the group.
         Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
         Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
-        comm_sms=16, source="calibrated", note="all_to_all with split sizes; base_s includes the exchange of counts"),
+        comm_sms=16, beside=1.3, unhidden=0.0, source="calibrated",
+        note="all_to_all with split sizes; base_s includes the exchange of counts"),
     Protocol(
         "symm", "direct",
         Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
         Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
-        comm_sms=16, source="assumed", note="one-sided pushes and a barrier; barrier measured at 10-12 us for 2-8 ranks"),
+        comm_sms=16, beside=1.3, unhidden=0.0, source="assumed",
+        note="one-sided pushes and a barrier; barrier measured at 10-12 us for 2-8 ranks"),
     Protocol(
         "ag_rs", "rail_all",
         # nccl-tests all_gather / reduce_scatter on 8 x H200: 512 MiB in 1.395 / 1.393 ms = 337 GB/s a GPU (0.75).
         Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=14e-6, remote_s=20e-6),
         Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=12e-6, remote_s=20e-6),
-        comm_sms=16, source="calibrated", note="every token to every rank, partial sums back"),
+        comm_sms=16, beside=1.3, unhidden=0.0, source="calibrated",
+        note="every token to every rank, partial sums back"),
     Protocol(
         "gloo", "direct",
         Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
         Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
-        comm_sms=0, source="assumed", note="TCP on the host; calibrate"),
+        comm_sms=0, beside=1.5, unhidden=0.5, source="assumed",
+        note="TCP on the host; calibrate"),
 )}
 
 # Collectives of tensor parallelism on top of the graph's time: fraction of link rate and fixed seconds. nccl-tests and
