@@ -120,7 +120,7 @@ class StepLoop:
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
             drawn = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled]).tolist() if sampled else []
-            record = self._step_record(plan, tokens)
+            record = self._step_record(plan, segments)
             self.clock.mark("book")
             self._desk.book(plan, sampled, drawn, self._began, record)
         elif self._record:
@@ -152,15 +152,17 @@ class StepLoop:
         with torch.inference_mode():
             return rank.transformer.forward(step, rank.kv, capacity)
 
-    def _step_record(self, plan: StepPlan, tokens: int) -> Message | None:
-        """What this step was, for measurements: times on the machine's monotonic clock."""
+    def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:
+        """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
         if not self._record:
             return None
         self._ended = time.monotonic()
         parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
-        return {"start": self._began, "end": self._ended, "parts": parts, "round": self._rounds,
-                "decode": len(plan.decode), "prefills": len(plan.prefill), "prefill_tokens": plan.prefill_tokens,
-                "tokens": tokens}
+        decodes = len(plan.decode)
+        return {"start": self._began, "end": self._ended, "parts": parts, "round": self._rounds, "decode_seqs": decodes,
+                "decode_context": sum(s.start + 1 for s in segments[:decodes]), "prefill_seqs": len(plan.prefill),
+                "prefill_tokens": plan.prefill_tokens, "tokens": plan.total_tokens,
+                "prefill_context": sum(len(s.token_ids) * (s.start + len(s.token_ids) / 2) for s in segments[decodes:])}
 
 
 class Desk:

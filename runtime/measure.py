@@ -128,7 +128,7 @@ def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step],
         role=pool.role, instances=pool.instances, gpus=pool.gpus, dp=pool.dp, tp=pool.tp, ep=pool.ep,
         utilisation=min(1.0, busy / span / pool.instances) if span > 0 else 0.0, steps=len(shown),
         step_s=Summary.of([s.end_s - s.start_s for s in shown]),
-        batch_seqs_mean=_mean([s.total("decode") + s.total("prefills") for s in shown]),
+        batch_seqs_mean=_mean([s.total("decode_seqs") + s.total("prefill_seqs") for s in shown]),
         batch_tokens_mean=_mean([s.total("tokens") for s in shown]), kv_usage_mean=_mean(kv), kv_usage_max=max(kv, default=0.0),
         preemptions=sum(f.preemptions for f in sent if (f.decoder or f.entry).pool == index),
         breakdown_s={name: _mean([s.parts.get(name, 0.0) for s in shown]) for name in names},
@@ -185,7 +185,7 @@ def _series(records: Sequence[RequestRecord], steps: Sequence[Step], frontend: F
         ends = np.array([s.end_s for s in mine])
         made = np.concatenate([[0.0], np.cumsum([s.total("made") for s in mine])])
         rate = np.diff(made[np.searchsorted(ends, times, "right")], prepend=0.0) / np.diff(times, prepend=0.0)
-        running = np.array([s.total("decode") + s.total("prefills") for s in mine] or [0.0])
+        running = np.array([s.total("decode_seqs") + s.total("prefill_seqs") for s in mine] or [0.0])
         at = np.minimum(np.searchsorted(ends, times, "left"), len(running) - 1)
         found += [_one_series(f"{name}: running", "sequences", times, running[at]),
                   _one_series(f"{name}: output", "tok/s", times, rate)]
@@ -212,9 +212,9 @@ def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], st
     for step in steps[:_MAX_TRACE]:
         for rank in step.ranks:
             parts = {PARTS.get(name, name): round(seconds * 1e6, 1) for name, seconds in rank["parts"].items() if name in PARTS}
-            events.append({"name": f"{rank['decode']} decode + {rank['prefill_tokens']} prompt tokens", "ph": "X", "cat": "step",
-                           "pid": base[step.pool, step.instance], "tid": rank["dp_rank"], "ts": _us(rank["start"] - start),
-                           "dur": _us(rank["end"] - rank["start"]), "args": {**parts, "unit": "us"}})
+            name = f"{rank['decode_seqs']} decode + {rank['prefill_tokens']} prompt tokens"
+            events.append({"name": name, "ph": "X", "cat": "step", "pid": base[step.pool, step.instance], "tid": rank["dp_rank"],
+                           "ts": _us(rank["start"] - start), "dur": _us(rank["end"] - rank["start"]), "args": {**parts, "unit": "us"}})
     for flight in sent:
         if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
             here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}

@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from runtime.batch import Segment, make_step
 from runtime.options import EngineOptions
-from runtime.rank import Rank, build_rank
+from runtime.rank import build_rank
+from runtime.sampling import sample, uniform
+from runtime.types import SamplingParams
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
 
@@ -78,7 +80,7 @@ def generate(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str | None,
     logits: dict[int, list[torch.Tensor]] = {i: [] for i in mine.tokens}
     while any(run.left() for run in runs):
         plans = [run.step() for run in runs]
-        capacity = max(1, max(-(-sum(len(s.token_ids) for _, s in p) // tp) for p in plans))
+        capacity = max(1, *(-(-sum(len(s.token_ids) for _, s in p) // tp) for p in plans))
         here = plans[rank.at.dp_rank]
         out = rank.transformer.forward(make_step([s for _, s in here], BLOCK), rank.kv, capacity)
         asked = [i for i, s in here if s.wants_logits]
@@ -129,6 +131,13 @@ class _Schedule:
         return {i: t[self._prompt[i]:] for i, t in self.tokens.items()}
 
 
-def alone(model: ModelSpec, plan: Plan, **options: Any) -> Rank:
-    """The rank of a world of one, in this process."""
-    return build_rank(model, plan, EngineOptions(**options), 0, lambda phase: None)
+def draw_alone(model: ModelSpec, plan: Plan, checkpoint: str, prompt: list[int], params: SamplingParams) -> list[int]:
+    """What a request draws in a world of one, its whole text computed anew for every token."""
+    rank = build_rank(model, plan, EngineOptions(checkpoint=checkpoint), 0, lambda phase: None)
+    tokens, table = list(prompt), list(range(len(prompt) + params.max_tokens))
+    while len(tokens) < len(prompt) + params.max_tokens:
+        step = make_step([Segment(tokens, 0, table, True)], plan.pools[0].block_tokens)
+        logits = rank.transformer.forward(step, rank.kv, len(tokens))
+        assert params.seed is not None
+        tokens.append(int(sample(logits, [params], [uniform(params.seed, len(tokens) - len(prompt))])))
+    return tokens[len(prompt):]
