@@ -14,13 +14,18 @@ from twin.sim.clock import TRANSFER_PHASE, Clock
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One flow of a transfer. `left_bytes` as of the last change of rates; `end_s` at the present rate."""
+    """One flow of a transfer: `left_bytes` at `since_s`, going at `rate` bytes/s, to end at `end_s` if that lasts."""
 
     flow: Flow
+    links: tuple[int, ...]
     transfer: Transfer
     left_bytes: float
+    since_s: float
     rate: float = 0.0
     end_s: float = 0.0
+
+    def left_at(self, time_s: float) -> float:
+        return max(0.0, self.left_bytes - self.rate * (time_s - self.since_s))
 
 
 @dataclass(slots=True, eq=False)
@@ -33,17 +38,19 @@ class Transfer:
 
 
 class Transfers:
-    """Rates are found anew whenever a flow starts or ends; between these moments they are constant, so this is exact."""
+    """Rates are found anew when flows start or end, for the flows that share links with them, directly or through others;
+    between these moments rates are constant, so this is exact."""
 
     def __init__(self, clock: Clock, network: Network) -> None:
         self.clock, self.network = clock, network
-        self.streams: list[Stream] = []
+        self.streams: dict[Stream, None] = {}  # in order of start
         self.delivered_bytes = np.zeros(len(network.links))  # by link, of streams that ended
-        self._since_s = 0.0
+        self._on_link: dict[int, dict[Stream, None]] = {}
+        self._changed: set[int] = set()  # links whose flows have changed at this moment
         self._generation = 0
 
     def start(self, src_gpus: Sequence[int], dst_gpus: Sequence[int], n_bytes: float, done: Callable[[], None]) -> None:
-        """Send `n_bytes` from the GPUs of one rank to those of another, `done` is called when they are there.
+        """Send `n_bytes` from the GPUs of one rank to those of another; `done` is called when they are there.
 
         The bytes are cut evenly over as many GPU pairs as the wider side has; the narrower side's GPUs serve several.
         """
@@ -56,55 +63,71 @@ class Transfers:
         if not flows:
             self._arrive_later(transfer)
             return
-        self._progress()
-        self.streams.extend(Stream(flow, transfer, flow.n_bytes) for flow in flows)
-        self._share()
+        for flow in flows:
+            stream = Stream(flow, self.network.route(flow.src, flow.dst), transfer, flow.n_bytes, self.clock.now)
+            self.streams[stream] = None
+            for link in stream.links:
+                self._on_link.setdefault(link, {})[stream] = None
+            self._touch(stream)
 
     def crossed_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link up to now [links]."""
-        elapsed_s = self.clock.now - self._since_s
         crossed = self.delivered_bytes.copy()
         for stream in self.streams:
-            sent = stream.flow.n_bytes - max(0.0, stream.left_bytes - stream.rate * elapsed_s)
-            crossed[list(self.network.route(stream.flow.src, stream.flow.dst))] += sent
+            crossed[list(stream.links)] += stream.flow.n_bytes - stream.left_at(self.clock.now)
         return crossed
 
-    def _progress(self) -> None:
-        """Take off what was sent since the rates were last found."""
-        elapsed_s = self.clock.now - self._since_s
-        for stream in self.streams:
-            stream.left_bytes = max(0.0, stream.left_bytes - stream.rate * elapsed_s)
-        self._since_s = self.clock.now
+    def _touch(self, stream: Stream) -> None:
+        """A stream has come or gone: once all that happens at this moment has, find the rates anew."""
+        if not self._changed:
+            self._generation += 1  # appointments made so far are void
+            self._call(self.clock.now, self._share)
+        self._changed.update(stream.links)
 
     def _share(self) -> None:
-        """Find the rates of what is under way and make an appointment with the first that will end."""
-        self._generation += 1
-        if not self.streams:
-            return
-        rates = self.network.rates([stream.flow for stream in self.streams])
-        for stream, rate in zip(self.streams, rates.tolist(), strict=True):
-            stream.rate = rate
-            stream.end_s = self.clock.now + stream.left_bytes / rate
-        generation = self._generation
-        appointment = self.clock.at(min(stream.end_s for stream in self.streams), TRANSFER_PHASE)
-        assert appointment.callbacks is not None
-        appointment.callbacks.append(lambda _: self._end(generation))
+        """Find the rates of the streams that a change reaches, and make an appointment with the first that will end."""
+        now = self.clock.now
+        affected = self._reached(self._changed)
+        self._changed = set()
+        if affected:
+            rates = self.network.rates([stream.flow for stream in affected])
+            for stream, rate in zip(affected, rates.tolist(), strict=True):
+                stream.left_bytes, stream.since_s, stream.rate = stream.left_at(now), now, rate
+                stream.end_s = now + stream.left_bytes / rate
+        if self.streams:
+            generation = self._generation
+            self._call(min(stream.end_s for stream in self.streams), lambda: self._end(generation))
+
+    def _reached(self, links: set[int]) -> list[Stream]:
+        """Streams on these links, and those that share any link with one of them, and so on; in order of start."""
+        found: set[Stream] = set()
+        seen, ahead = set(links), list(links)
+        while ahead:
+            for stream in self._on_link.get(ahead.pop(), ()):
+                if stream not in found:
+                    found.add(stream)
+                    fresh = [link for link in stream.links if link not in seen]
+                    seen.update(fresh)
+                    ahead.extend(fresh)
+        return [stream for stream in self.streams if stream in found] if found else []
 
     def _end(self, generation: int) -> None:
         if generation != self._generation:
             return  # rates have changed since this appointment was made
-        self._progress()
-        ended = [stream for stream in self.streams if stream.end_s <= self.clock.now]
-        self.streams = [stream for stream in self.streams if stream.end_s > self.clock.now]
-        for stream in ended:
-            for link in self.network.route(stream.flow.src, stream.flow.dst):
+        for stream in [stream for stream in self.streams if stream.end_s <= self.clock.now]:
+            del self.streams[stream]
+            for link in stream.links:
+                del self._on_link[link][stream]
                 self.delivered_bytes[link] += stream.flow.n_bytes
             stream.transfer.open_streams -= 1
             if stream.transfer.open_streams == 0:
                 self._arrive_later(stream.transfer)
-        self._share()
+            self._touch(stream)
 
     def _arrive_later(self, transfer: Transfer) -> None:
-        arrival = self.clock.at(self.clock.now + transfer.latency_s, TRANSFER_PHASE)
-        assert arrival.callbacks is not None
-        arrival.callbacks.append(lambda _: transfer.done())
+        self._call(self.clock.now + transfer.latency_s, transfer.done)
+
+    def _call(self, time_s: float, what: Callable[[], None]) -> None:
+        appointment = self.clock.at(time_s, TRANSFER_PHASE)
+        assert appointment.callbacks is not None
+        appointment.callbacks.append(lambda _: what())
