@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import Call, as_row, measure_ceilings, provenance, rotations, time_graph
-from runtime.kernels import align, attention_gqa, attention_mla, fused, gate, moe, moe_prefill, rope, sampling
+from runtime.kernels import align, attention_gqa, attention_mla, fused, gate, moe_layer, rope, sampling
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,18 @@ def routing(s: Shape) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moe_case(s: Shape) -> Case:
-    """One MoE layer, align included: decode's kernels up to 128 rows an expert, above that prefill's."""
-    x = torch.randn(s.tokens, s.hidden, dtype=torch.bfloat16, device="cuda")
+    """One MoE layer, align included. Token sets with routes of their own rotate, so that few tokens' weights miss L2."""
     w13 = _randn(s.experts, 2 * s.width, s.hidden)
     w2 = _randn(s.experts, s.hidden, s.width)
-    weights, ids = routing(s)
     scales = {}
     if s.dtype == "fp8":
         (w13, scales["w13_scale_E2I"]), (w2, scales["w2_scale_EH"]) = (_fp8(w) for w in (w13, w2))
-    layer = moe_prefill.prefill_moe if s.tokens * s.topk / s.experts > 128 else moe.fused_moe
-    touched = ids.unique().numel()
-    weight_bytes = touched * 3 * s.hidden * s.width * w13.element_size()
-    flops = 6 * s.tokens * s.topk * s.hidden * s.width
-    return Case([lambda: layer(x, w13, w2, weights, ids, **scales)], weight_bytes + 4 * x.numel(), flops)
+    most_bytes = min(s.experts, s.tokens * s.topk) * 3 * s.hidden * s.width * w13.element_size()
+    sets = [(_randn(s.tokens, s.hidden), *routing(s)) for _ in range(rotations(most_bytes))]
+    touched = sum(ids.unique().numel() for _, _, ids in sets) / len(sets)
+    bytes_ = round(touched * 3 * s.hidden * s.width * w13.element_size()) + 4 * s.tokens * s.hidden
+    calls = [lambda a=a: moe_layer.moe_layer(a[0], w13, w2, a[1], a[2], **scales) for a in sets]
+    return Case(calls, bytes_, 6 * s.tokens * s.topk * s.hidden * s.width)
 
 
 def align_case(s: Shape) -> Case:

@@ -1,10 +1,12 @@
 """Triton kernels of the engine's fast path, each with a pure-torch twin in `reference.py`.
 
     align.py          which rows go to which expert, on the device
-    moe.py            one MoE layer of decode: both GEMMs, activation, weighted sum
-    moe_prefill.py    one MoE layer of prefill: grouped GEMMs between fused permute and unpermute
+    moe.py            one MoE layer by two gathering GEMMs, activation and weighted sum fused in (decode and beyond)
+    moe_prefill.py    one MoE layer of long prefills, the second GEMM by torch's grouped product
+    moe_layer.py      which of them serves a layer
     attention_gqa.py  paged split-KV decode attention (grouped query heads)
     attention_mla.py  paged split-KV decode attention over a latent cache (absorbed MLA)
+    attention_mla_hopper.py   the same for 64 heads and more on sm_90, in Gluon
     splits.py         how decode attention is cut, and how the cuts are merged
     fused.py          norm, activation, quantisation
     rope.py           rotary embedding, query-key norm and the write into the paged cache

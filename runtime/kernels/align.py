@@ -13,6 +13,8 @@ import triton.language as tl
 
 _HISTOGRAM_ROWS = 8192
 """Up to here every program counts all experts itself; above, a counting launch comes first."""
+_MAX_SEGMENTS = 8
+"""Pieces that a long list of rows is cut into, each placed by a program of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def align(
     empty = lambda n: torch.empty(n, dtype=torch.int32, device=device)  # noqa: E731
     out = Alignment(empty(padded), empty(padded // block_m), empty(1), empty(num_experts), block_m)
     counted = rows > _HISTOGRAM_ROWS
-    counts = empty(num_experts) if counted else out.ends
-    block_n = min(8192 if counted else 1024, triton.next_power_of_2(max(rows, 16)))
-    common = {"HAS_MAP": expert_map is not None, "BLOCK_N": block_n, "num_warps": 8 if counted else 4}
+    block_n = min(2048 if counted else 1024, triton.next_power_of_2(max(rows, 16)))
+    segments = min(_MAX_SEGMENTS, triton.next_power_of_2(triton.cdiv(rows, block_n))) if counted else 1
+    counts = empty(num_experts * segments) if counted else out.ends
+    common = {"HAS_MAP": expert_map is not None, "SEGMENTS": segments, "BLOCK_N": block_n, "num_warps": 8 if counted else 4}
     map_, map_size = (expert_map, expert_map.numel()) if expert_map is not None else (topk_ids_TK, 0)
     if counted:
-        _count_kernel[(num_experts,)](topk_ids_TK, map_, counts, rows, map_size, **common)
-    _align_kernel[(num_experts,)](
+        _count_kernel[(num_experts, segments)](topk_ids_TK, map_, counts, rows, map_size, **common)
+    _align_kernel[(num_experts, segments)](
         topk_ids_TK, map_, counts, out.sorted_rows, out.expert_ids, out.num_padded, out.ends,
         rows, map_size, num_experts,
         BLOCK_M=block_m, BLOCK_E=max(triton.next_power_of_2(num_experts), 16), COUNTED=counted, **common,
@@ -76,25 +79,41 @@ def _local_ids(ids, map_, start, rows, map_size, HAS_MAP: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def _count_kernel(ids, map_, counts, rows, map_size, HAS_MAP: tl.constexpr, BLOCK_N: tl.constexpr):
-    expert = tl.program_id(0)
+def _segment(rows, segment, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    share = tl.cdiv(tl.cdiv(rows, SEGMENTS), BLOCK_N) * BLOCK_N
+    return segment * share, tl.minimum(segment * share + share, rows)
+
+
+@triton.jit
+def _count_kernel(
+    ids, map_, counts, rows, map_size, HAS_MAP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    expert, segment = tl.program_id(0), tl.program_id(1)
     total = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, rows, BLOCK_N):
+    lo, hi = _segment(rows, segment, SEGMENTS, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
         _, local = _local_ids(ids, map_, start, rows, map_size, HAS_MAP, BLOCK_N)
         total += (local == expert).to(tl.int32)
-    tl.store(counts + expert, tl.sum(total))
+    tl.store(counts + expert * SEGMENTS + segment, tl.sum(total))
 
 
 @triton.jit
 def _align_kernel(
     ids, map_, counts, sorted_rows, expert_ids, num_padded, ends, rows, map_size, num_experts,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MAP: tl.constexpr, COUNTED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Program e places expert e's rows: no atomics, so the order is the same every time."""
-    expert = tl.program_id(0)
+    """Program (e, s) places expert e's rows of segment s: no atomics, so the order is the same every time."""
+    expert, segment = tl.program_id(0), tl.program_id(1)
     experts = tl.arange(0, BLOCK_E)
+    earlier = 0  # rows of this expert in earlier segments
     if COUNTED:
-        count = tl.load(counts + experts, mask=experts < num_experts, other=0)
+        s = tl.arange(0, SEGMENTS)
+        part = tl.load(
+            counts + experts[:, None] * SEGMENTS + s[None, :], mask=(experts < num_experts)[:, None], other=0
+        )
+        count = tl.sum(part, 1)
+        earlier = tl.sum(tl.where((experts == expert)[:, None] & (s < segment)[None, :], part, 0))
     else:
         count = tl.zeros([BLOCK_E], tl.int32)
         for start in range(0, rows, BLOCK_N):
@@ -104,16 +123,19 @@ def _align_kernel(
     padded = (count + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     begin = tl.sum(tl.where(experts < expert, padded, 0))
     end = begin + tl.sum(tl.where(experts == expert, padded, 0))
-    tl.store(ends + expert, end)
-    if expert == 0:
-        tl.store(num_padded, tl.sum(padded))
-    for block in range(begin // BLOCK_M, end // BLOCK_M):
-        tl.store(expert_ids + block, expert)
-    filled = begin
-    for start in range(0, rows, BLOCK_N):
+    if segment == 0:
+        tl.store(ends + expert, end)
+        if expert == 0:
+            tl.store(num_padded, tl.sum(padded))
+        for block in range(begin // BLOCK_M, end // BLOCK_M):
+            tl.store(expert_ids + block, expert)
+    filled = begin + earlier
+    lo, hi = _segment(rows, segment, SEGMENTS, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
         row, local = _local_ids(ids, map_, start, rows, map_size, HAS_MAP, BLOCK_N)
         mine = (local == expert).to(tl.int32)
         tl.store(sorted_rows + filled + tl.cumsum(mine) - 1, row, mask=mine == 1)
         filled += tl.sum(mine)
-    pad = filled + tl.arange(0, BLOCK_M)
-    tl.store(sorted_rows + pad, tl.zeros([BLOCK_M], tl.int32) + rows, mask=pad < end)
+    if segment == SEGMENTS - 1:
+        pad = filled + tl.arange(0, BLOCK_M)
+        tl.store(sorted_rows + pad, tl.zeros([BLOCK_M], tl.int32) + rows, mask=pad < end)

@@ -6,6 +6,7 @@ loaded once and serves both products, q.k over L+R columns and p.v over the firs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,9 @@ class MlaTile:
 def choose_mla_tile(heads: int) -> MlaTile:
     """Up to 32 heads the cache read is the limit (small tiles, two programs each); above, the matrix units are."""
     if heads <= 16:
-        return MlaTile(16, 32, 4, 3, 2)
+        return MlaTile(16, 64, 4, 5, 1)
     if heads <= 32:
-        return MlaTile(32, 32, 8, 3, 1)
+        return MlaTile(32, 64, 4, 5, 1)
     return MlaTile(64, 64, 8, 2, 1)
 
 
@@ -53,11 +54,13 @@ def mla_decode(
 
     `cache` [num_blocks, block_tokens, latent + rope]; `latent` and rope are powers of two; `block_table_BP` and
     `seq_lens_B` int32. `max_context` bounds seq_lens (default: what the table holds). An empty sequence gives zeros.
+    On Hopper, 64 heads and more go to `attention_mla_hopper` where its shapes hold, unless `tile` is given.
     """
     batch, heads, dim = q_BHD.shape
     _, block_tokens, cache_dim = cache.shape
     assert dim == cache_dim and q_BHD.is_contiguous() and cache.is_contiguous()
     assert block_table_BP.stride(1) == 1 and seq_lens_B.dtype == block_table_BP.dtype == torch.int32
+    hopper = _hopper(q_BHD, cache, latent) if tile is None else None
     tile = tile or choose_mla_tile(heads)
     groups = triton.cdiv(heads, tile.heads)
     bound = max_context or block_table_BP.shape[1] * block_tokens
@@ -68,14 +71,26 @@ def mla_decode(
     if splits > 1:
         parts = torch.empty(batch, heads, splits, latent, dtype=torch.float32, device=q_BHD.device)
     lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q_BHD.device)
-    _mla_kernel[(groups * splits * batch,)](
-        q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, block_table_BP.stride(0), heads, splits, scale * _LOG2_E,
-        LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads, BLOCK_N=tile.tokens,
-        GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    if hopper is not None:
+        hopper(q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, splits, scale * _LOG2_E)
+    else:
+        _mla_kernel[(groups * splits * batch,)](
+            q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, block_table_BP.stride(0), heads, splits, scale * _LOG2_E,
+            LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads, BLOCK_N=tile.tokens,
+            GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     if splits > 1:
         merge(parts, lse, out_BHL)
     return out_BHL
+
+
+def _hopper(q_BHD: torch.Tensor, cache: torch.Tensor, latent: int) -> Callable[..., None] | None:
+    """The Hopper kernel's launcher, where it serves these shapes."""
+    if not q_BHD.is_cuda or torch.cuda.get_device_capability(q_BHD.device)[0] != 9:
+        return None
+    from runtime.kernels import attention_mla_hopper
+
+    return attention_mla_hopper.launch if attention_mla_hopper.fits(q_BHD, cache, latent) else None
 
 
 @triton.jit

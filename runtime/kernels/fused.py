@@ -51,22 +51,34 @@ def silu_mul_quant(gate_up_N2I: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return _quantised(_silu_mul_quant_kernel, gate_up_N2I, rows, twice // 2)
 
 
-def quant_fp8_rows(x_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(fp8 rows, fp32 scale a row), dynamic: each row's largest magnitude becomes 448."""
+def quant_fp8_rows(x_NH: torch.Tensor, num_used: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(fp8 rows, fp32 scale a row), dynamic: each row's largest magnitude becomes 448.
+
+    With `num_used` [1] int32, a device's count, later rows are neither read nor written.
+    """
     assert x_NH.is_contiguous()
-    return _quantised(_quant_kernel, x_NH, *x_NH.shape)
+    return _quantised(_quant_kernel, x_NH, *x_NH.shape, num_used)
 
 
-def _quantised(kernel, x, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """x in fp16, saturated at its largest number instead of overflowing."""
+    assert x.is_contiguous()
+    out = torch.empty_like(x, dtype=torch.float16)
+    _half_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024, num_warps=4)
+    return out
+
+
+def _quantised(kernel, x, rows: int, width: int, num_used: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(rows, width, dtype=FP8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    kernel[(rows,)](x, out, scale, width, BLOCK=block, num_warps=_warps(block))
+    used = num_used if num_used is not None else scale
+    kernel[(rows,)](x, out, scale, used, width, LIMITED=num_used is not None, BLOCK=block, num_warps=_warps(block))
     return out, scale
 
 
 def _warps(block: int) -> int:
-    return 1 if block <= 512 else 4 if block <= 4096 else 8
+    return 1 if block <= 1024 else 4 if block <= 4096 else 8
 
 
 @triton.jit
@@ -111,16 +123,29 @@ def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul_quant_kernel(gate_up, out, scale, width, BLOCK: tl.constexpr):
+def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    if LIMITED:
+        if row >= tl.load(num_used):
+            return
     column = tl.arange(0, BLOCK)
     value = _silu_mul_row(gate_up, row, width, column, column < width)
     quantise_row(value, out, scale, row, width, column, column < width)
 
 
 @triton.jit
-def _quant_kernel(x, out, scale, width, BLOCK: tl.constexpr):
+def _quant_kernel(x, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    if LIMITED:
+        if row >= tl.load(num_used):
+            return
     column = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
     quantise_row(value, out, scale, row, width, column, column < width)
+
+
+@triton.jit
+def _half_kernel(x, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16), mask=at < size)

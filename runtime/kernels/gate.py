@@ -91,7 +91,7 @@ def _gate_kernel(
         best = tl.max(choice)
         # the lowest id among equals
         winner = tl.min(tl.where((choice == best) & real, expert, GROUPS * EACH))
-        hit = expert == winner
+        hit = (expert == winner) & real  # a padded column's number is the next group's
         tl.store(ids + token * K + i, winner)
         total += tl.sum(tl.where(hit, score, 0.0))
         rank = tl.where(hit, i, rank)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.align import Alignment, align
-from runtime.kernels.fused import quant_fp8_rows
+from runtime.kernels.fused import FP8, quant_fp8_rows, to_half
 
 ACTIVATIONS = {"silu_mul": 0, "swiglu_clamped": 1}
 
@@ -68,12 +68,16 @@ def fused_moe(
     tokens, choices = topk_ids_TK.shape
     experts, hidden = w2_EHI.shape[0], w2_EHI.shape[1]
     assert x_TH.is_contiguous() and w13_E2IH.is_contiguous() and w2_EHI.is_contiguous()
-    tiles = tiles or choose_tiles(tokens * choices, experts, w2_EHI.shape[2], w13_E2IH.element_size())
+    tiles = tiles or choose_tiles(tokens * choices, _all_experts(experts, expert_map), w13_E2IH.element_size())
     plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
+    # fp8 weights become fp16 in one instruction, bf16 in several: there, products are in fp16
+    a_TH = to_half(x_TH) if w13_E2IH.dtype == FP8 else x_TH
     h = up_projection(
-        x_TH, w13_E2IH, plan, choices, tiles.up, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I, alpha, limit
+        a_TH, w13_E2IH, plan, choices, tiles.up, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I, alpha, limit
     )
-    y = down_projection(h, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, w2_bias_EH)
+    y = down_projection(
+        h, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, w2_bias_EH, dtype=x_TH.dtype
+    )
     out_TH = torch.empty_like(x_TH)
     sum_choices(y, topk_ids_TK, experts, expert_map, out_TH)
     assert out_TH.shape[1] == hidden
@@ -98,7 +102,7 @@ def fused_moe_fp8(
     """
     tokens, choices = topk_ids_TK.shape
     experts = w2_EHI.shape[0]
-    tiles = tiles or Tiles(Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3))
+    tiles = tiles or choose_tiles_fp8(tokens * choices, _all_experts(experts, expert_map))
     plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
     xq, x_scale = quant_fp8_rows(x_TH)
     h = up_projection(xq, w13_E2IH, plan, choices, tiles.up, 0, w13_scale_E2I, None, 0.0, 0.0, x_scale, x_TH.dtype)
@@ -109,40 +113,52 @@ def fused_moe_fp8(
     return out_TH
 
 
-def choose_tiles(rows: int, experts: int, width: int, weight_bytes: int) -> Tiles:
+def _all_experts(local: int, expert_map: torch.Tensor | None) -> int:
+    return local if expert_map is None else max(local, expert_map.numel())
+
+
+def choose_tiles(rows: int, experts: int, weight_bytes: int) -> Tiles:
     """The tile ladder, by rows an expert gets when they are spread evenly (tuned on H200, bf16 and fp8 weights)."""
     each = rows / experts
-    deep = 128 if weight_bytes == 2 else 256
-    if rows <= 64:  # few blocks: narrow tiles, so that all multiprocessors read
-        return Tiles(Tile(16, 16, 2 * deep, 4, 3), Tile(16, 32, deep, 4, 4))
+    if weight_bytes == 1 and each <= 24:
+        depth = 256 if each <= 12 else 128
+        return Tiles(Tile(16, 64, depth, 4, 3), Tile(16, 128, 128, 4, 4))
     if each <= 12:
-        return Tiles(Tile(16, 32, deep, 4, 4), Tile(16, 64, deep, 4, 4))
+        return Tiles(Tile(16, 32, 256, 4, 3), Tile(16, 64, 128, 4, 4))
     if each <= 24:
-        return Tiles(Tile(32, 32, deep, 4, 4), Tile(32, 64, deep, 4, 4))
-    if each <= 64:
+        return Tiles(Tile(32, 64, 128, 4, 3), Tile(32, 128, 128, 4, 3))
+    if each <= 96:
         return Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
     return Tiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4))
+
+
+def choose_tiles_fp8(rows: int, experts: int) -> Tiles:
+    """The ladder of `fused_moe_fp8`."""
+    if rows / experts <= 64:
+        return Tiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
+    return Tiles(Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3))
 
 
 def up_projection(
     x_TH: torch.Tensor, w13_E2IH: torch.Tensor, plan: Alignment, choices: int, tile: Tile, activation: int,
     scale_E2I: torch.Tensor | None, bias_E2I: torch.Tensor | None, alpha: float, limit: float,
-    x_scale_T: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    x_scale_T: torch.Tensor | None = None, dtype: torch.dtype | None = None, in_order: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """h_NI: the activated first projection, row by row in (token, choice) order; rows of absent experts not written.
 
-    `x` may be fp8 with a scale a token; then the product runs in fp8 and `dtype` names h's dtype.
+    `in_order` gives h_PI in the plan's order instead, with rows that are padding not written. `x` may be fp8 with a
+    scale a token: then the product runs in fp8. `dtype` names h's dtype (x's, unless given), saturated if fp16.
     """
     _, twice, hidden = w13_E2IH.shape
     width, rows = twice // 2, x_TH.shape[0] * choices
-    h_NI = torch.empty(rows, width, dtype=dtype or x_TH.dtype, device=x_TH.device)
+    h_NI = torch.empty(plan.sorted_rows.numel() if in_order else rows, width, dtype=dtype or x_TH.dtype, device=x_TH.device)
     grid = (plan.expert_ids.numel() * triton.cdiv(width, tile.n),)
     _up_kernel[grid](
         x_TH, w13_E2IH, h_NI, plan.sorted_rows, plan.expert_ids, plan.num_padded,
         scale_E2I if scale_E2I is not None else x_TH, bias_E2I if bias_E2I is not None else x_TH,
         x_scale_T if x_scale_T is not None else x_TH, rows, hidden, width, alpha, limit,
         CHOICES=choices, ACTIVATION=activation, HAS_SCALE=scale_E2I is not None, HAS_BIAS=bias_E2I is not None,
-        HAS_A_SCALE=x_scale_T is not None,
+        HAS_A_SCALE=x_scale_T is not None, IN_ORDER=in_order,
         EVEN_N=width % tile.n == 0, EVEN_K=hidden % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -228,7 +244,8 @@ def _tile_product(
 def _up_kernel(
     x, w13, h, sorted_rows, expert_ids, num_padded, scale, bias, a_scale, rows, hidden, width, alpha, limit,
     CHOICES: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_A_SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_A_SCALE: tl.constexpr, IN_ORDER: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # column tiles fastest: programs that run together share rows of x and one expert's weights
     tiles_n = tl.cdiv(width, BLOCK_N)
@@ -256,7 +273,10 @@ def _up_kernel(
         up = tl.minimum(tl.maximum(up, -limit), limit)
         value = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = h + row[:, None].to(tl.int64) * width + column[None, :]
+    if h.dtype.element_ty == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M) if IN_ORDER else row
+    out = h + place[:, None].to(tl.int64) * width + column[None, :]
     tl.store(out, value.to(h.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
 
 

@@ -1,8 +1,10 @@
-"""One MoE layer of prefill: grouped matrix products (torch's, on sorted rows) between fused Triton stages.
+"""One MoE layer of prefill: a gathering GEMM with the activation in its epilogue, torch's grouped GEMM on rows in expert
+order, and the weighted sum of each token's rows.
 
-    align -> gather (+ fp8) -> grouped GEMM -> silu_mul (+ fp8) -> grouped GEMM -> weighted scatter-sum
+    align -> gather + up projection + activation -> (fp8 rows) -> grouped GEMM -> weighted sum
 
-Shapes: T tokens, K choices, N = T*K rows sorted by expert without padding, H hidden, I expert width, E local experts.
+Shapes: T tokens, K choices, N = T*K rows, P rows in expert order padded to whole blocks, H hidden, I expert width,
+E local experts.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.align import align
-from runtime.kernels.fused import FP8, quant_fp8_rows, silu_mul, silu_mul_quant
+from runtime.kernels.fused import FP8, quant_fp8_rows
+from runtime.kernels.moe import ACTIVATIONS, Tile, up_projection
+
+_UP = Tile(128, 128, 64, 8, 4)
+_UP_FP8 = Tile(128, 128, 128, 8, 3)
 
 
 def prefill_moe(
@@ -23,30 +29,35 @@ def prefill_moe(
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     *,
+    activation: str = "silu_mul",
     expert_map: torch.Tensor | None = None,
     w13_scale_E2I: torch.Tensor | None = None,
     w2_scale_EH: torch.Tensor | None = None,
+    w13_bias_E2I: torch.Tensor | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
 ) -> torch.Tensor:
-    """y_TH as `moe.fused_moe` with "silu_mul"; meant for many rows an expert.
+    """y_TH as `moe.fused_moe`, without a bias of the down projection; meant for 128 rows an expert and more.
 
-    fp8 weights (with row scales) multiply activations quantised row by row to fp8; bf16 weights stay in bf16. Choices
-    of absent experts add nothing. CUDA-graph safe on devices with a grouped-GEMM kernel (sm_90, sm_100).
+    fp8 weights (with row scales) multiply activations quantised row by row to fp8, as `moe.fused_moe_fp8` does; bf16
+    weights stay in bf16. CUDA-graph safe on devices with a grouped-GEMM kernel (sm_90, sm_100).
     """
-    rows, experts = topk_ids_TK.numel(), w2_EHI.shape[0]
-    plan = align(topk_ids_TK, experts, 1, expert_map)
-    place = inverse(plan.sorted_rows, plan.num_padded, rows)
-    offs = plan.ends
-    if w13_E2IH.dtype == FP8:
-        assert w13_scale_E2I is not None and w2_scale_EH is not None
-        xq, x_scale = gather_rows(*quant_fp8_rows(x_TH), plan.sorted_rows, topk_ids_TK.shape[1], plan.num_padded)
-        gate_up = _scaled_grouped_mm(xq, w13_E2IH, x_scale, w13_scale_E2I, offs)
-        hq, h_scale = silu_mul_quant(gate_up)
-        y_NH = _scaled_grouped_mm(hq, w2_EHI, h_scale, w2_scale_EH, offs)
+    rows, experts, choices = topk_ids_TK.numel(), w2_EHI.shape[0], topk_ids_TK.shape[1]
+    plan = align(topk_ids_TK, experts, _UP.m, expert_map)
+    fp8 = w13_E2IH.dtype == FP8
+    x, x_scale = quant_fp8_rows(x_TH) if fp8 else (x_TH, None)
+    h_PI = up_projection(
+        x, w13_E2IH, plan, choices, _UP_FP8 if fp8 else _UP, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I,
+        alpha, limit, x_scale, x_TH.dtype, in_order=True,
+    )  # fmt: skip
+    if fp8:
+        assert w2_scale_EH is not None
+        hq, h_scale = quant_fp8_rows(h_PI, plan.num_padded)
+        y_PH = _scaled_grouped_mm(hq, w2_EHI, h_scale, w2_scale_EH, plan.ends)
     else:
-        x_NH, _ = gather_rows(x_TH, None, plan.sorted_rows, topk_ids_TK.shape[1], plan.num_padded)
-        gate_up = F.grouped_mm(x_NH, w13_E2IH.transpose(1, 2), offs=offs)
-        y_NH = F.grouped_mm(silu_mul(gate_up), w2_EHI.transpose(1, 2), offs=offs)
-    return weighted_sum(y_NH, place, topk_weights_TK, x_TH.dtype)
+        y_PH = F.grouped_mm(h_PI, w2_EHI.transpose(1, 2), offs=plan.ends)
+    place_N = inverse(plan.sorted_rows, plan.num_padded, rows)
+    return weighted_sum(y_PH, place_N, topk_weights_TK, x_TH.dtype)
 
 
 def _scaled_grouped_mm(
@@ -54,30 +65,17 @@ def _scaled_grouped_mm(
 ) -> torch.Tensor:
     row_wise = F.ScalingType.RowWise
     return F.scaled_grouped_mm(
-        a, w.transpose(1, 2), a_scale, row_wise, w_scale, row_wise, offs=offs, output_dtype=torch.bfloat16
+        a, w.transpose(1, 2), a_scale, row_wise, w_scale, row_wise, offs=offs,
+        output_dtype=torch.bfloat16, use_fast_accum=True,
     )
 
 
 def inverse(sorted_rows: torch.Tensor, num_used: torch.Tensor, rows: int) -> torch.Tensor:
-    """place [rows] int32: where each row went; -1 for rows of absent experts."""
+    """place [rows] int32: where each row went in the plan's order; -1 for rows of absent experts."""
     place = torch.full((rows,), -1, dtype=torch.int32, device=sorted_rows.device)
     block = 1024
-    _inverse_kernel[(triton.cdiv(rows, block),)](sorted_rows, num_used, place, BLOCK=block, num_warps=4)
+    _inverse_kernel[(triton.cdiv(sorted_rows.numel(), block),)](sorted_rows, num_used, place, rows, BLOCK=block, num_warps=4)
     return place
-
-
-def gather_rows(
-    x_TH: torch.Tensor, scale_T: torch.Tensor | None, sorted_rows: torch.Tensor, choices: int, num_used: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of x in expert order, their scales). Rows past `num_used` are not written: no expert owns them."""
-    rows, hidden = sorted_rows.numel(), x_TH.shape[1]
-    out_NH = torch.empty(rows, hidden, dtype=x_TH.dtype, device=x_TH.device)
-    scale_N = torch.empty(rows if scale_T is not None else 0, dtype=torch.float32, device=x_TH.device)
-    _gather_kernel[(rows,)](
-        x_TH, scale_T if scale_T is not None else x_TH, out_NH, scale_N, sorted_rows, num_used, hidden,
-        CHOICES=choices, HAS_SCALE=scale_T is not None, BLOCK=triton.next_power_of_2(hidden), num_warps=4,
-    )  # fmt: skip
-    return out_NH, scale_N
 
 
 def weighted_sum(
@@ -95,26 +93,11 @@ def weighted_sum(
 
 
 @triton.jit
-def _inverse_kernel(sorted_rows, num_used, place, BLOCK: tl.constexpr):
+def _inverse_kernel(sorted_rows, num_used, place, rows, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = at < tl.load(num_used)
-    row = tl.load(sorted_rows + at, mask=used, other=0)
-    tl.store(place + row, at, mask=used)
-
-
-@triton.jit
-def _gather_kernel(
-    x, scale, out, out_scale, sorted_rows, num_used, hidden,
-    CHOICES: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64)
-    if at >= tl.load(num_used):
-        return
-    token = (tl.load(sorted_rows + at) // CHOICES).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    tl.store(out + at * hidden + column, tl.load(x + token * hidden + column, mask=column < hidden), mask=column < hidden)
-    if HAS_SCALE:
-        tl.store(out_scale + at, tl.load(scale + token))
+    row = tl.load(sorted_rows + at, mask=used, other=rows)
+    tl.store(place + row, at, mask=row < rows)  # padding is row number `rows`
 
 
 @triton.jit

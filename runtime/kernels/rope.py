@@ -33,7 +33,7 @@ def rope_norm_cache(
     [num_blocks, 2, block_tokens, kv_heads, D] in the model's dtype or float8_e4m3fn (holding key / k_scale, value / v_scale).
     """
     tokens = qkv_TC.shape[0]
-    _, _, block_tokens, kv_heads, dim = kv_cache.shape
+    block_tokens, kv_heads, dim = kv_cache.shape[2:]
     assert qkv_TC.shape[1] == (heads + 2 * kv_heads) * dim and qkv_TC.stride(1) == 1
     assert slots_T.dtype == torch.int64 and kv_cache.is_contiguous() and cos_sin.is_contiguous()
     q, k, v = (
@@ -68,7 +68,7 @@ def mla_rope_norm_cache(
     Rotated interleaved pairs are left as two halves (all first elements, then all second), for q and k alike.
     """
     tokens, heads, dim = q_THD.shape
-    _, block_tokens, width = cache.shape
+    width = cache.shape[2]
     rotary = cos_sin.shape[1]
     assert latent_TC.stride(1) == 1 and latent_TC.shape[1] == width and q_THD.stride(2) == 1
     out_TC = torch.empty(tokens, width, dtype=latent_TC.dtype, device=latent_TC.device)
@@ -105,11 +105,10 @@ def _qkv_kernel(
     place = (slot + slot // BLOCK_TOKENS * BLOCK_TOKENS) * KV_HEADS * DIM + d
     if part >= HEADS + KV_HEADS:
         kv_head = part - HEADS - KV_HEADS
-        value = tl.load(source + d, mask=inside, other=0.0)
-        tl.store(v + (token * KV_HEADS + kv_head) * DIM + d, value, mask=inside)
-        stored = (value.to(tl.float32) * v_inverse).to(cache.dtype.element_ty)
-        place += (BLOCK_TOKENS * KV_HEADS + kv_head) * DIM
-        tl.store(cache + place, stored, mask=inside & (slot >= 0))
+        plain = tl.load(source + d, mask=inside, other=0.0)
+        tl.store(v + (token * KV_HEADS + kv_head) * DIM + d, plain, mask=inside)
+        v_stored = (plain.to(tl.float32) * v_inverse).to(cache.dtype.element_ty)
+        tl.store(cache + place + (BLOCK_TOKENS * KV_HEADS + kv_head) * DIM, v_stored, mask=inside & (slot >= 0))
     else:
         is_q = part < HEADS
         value = _normed_rotated(
@@ -119,11 +118,11 @@ def _qkv_kernel(
         if is_q:
             tl.store(q + (token * HEADS + part) * DIM + d, value.to(q.dtype.element_ty), mask=inside)
         else:
-            kv_head = part - HEADS
+            k_head = part - HEADS
             rounded = value.to(k.dtype.element_ty)
-            tl.store(k + (token * KV_HEADS + kv_head) * DIM + d, rounded, mask=inside)
+            tl.store(k + (token * KV_HEADS + k_head) * DIM + d, rounded, mask=inside)
             stored = (rounded.to(tl.float32) * k_inverse).to(cache.dtype.element_ty)
-            tl.store(cache + place + kv_head * DIM, stored, mask=inside & (slot >= 0))
+            tl.store(cache + place + k_head * DIM, stored, mask=inside & (slot >= 0))
 
 
 @triton.jit

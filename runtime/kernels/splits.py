@@ -61,6 +61,12 @@ def _merge_kernel(parts, lse, out, splits, dim, BLOCK_S: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def half(x):
+    """x in fp16, saturated."""
+    return tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+
+
+@triton.jit
 def split_range(begin, length, split, splits, BLOCK_N: tl.constexpr):
     """The tokens [lo, hi) of this split: equal shares of [begin, length) in whole tiles of BLOCK_N."""
     tiles = tl.cdiv(length - begin, BLOCK_N)

@@ -81,6 +81,23 @@ def test_mla_batch_1_at_a_block_edge(device, rng, monkeypatch) -> None:
     run_mla(rng, device, monkeypatch, 16, MlaTile(16, 16, 4, 2, 2), None, lengths=[64], block_tokens=64)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("splits", [1, 2, None])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+def test_mla_at_full_width(heads, splits, block_tokens, device, rng, monkeypatch) -> None:
+    lengths = [1, 63, 64, 65, 0, 300, 128]
+    cache, table, seq_lens = paged_cache(rng, lengths, block_tokens, (576,), HALF, pair=False)
+    q = normal(rng, len(lengths), heads, 576, dtype=HALF)
+    q, cache, table, seq_lens = (t.to(device) for t in (q, cache, table, seq_lens))
+    want = reference.mla_decode(q, cache, table, seq_lens, scale=192**-0.5, compute=torch.float64)
+    with poisoned(monkeypatch):
+        got = attention_mla.mla_decode(q, cache, table, seq_lens, scale=192**-0.5, splits=splits)
+    assert relative_error(got, want) < 1e-2
+    assert not got[4].any()
+
+
 @pytest.mark.parametrize(
     "programs, context, tile, resident, want",
     [(256, 4096, 64, 264, 1), (4, 1024, 64, 264, 16), (4, 1 << 20, 64, 264, 64), (64, 4096, 32, 264, 4), (999, 64, 64, 1, 1)],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
 
-from runtime.kernels import moe, moe_prefill, reference
+from runtime.kernels import moe, moe_layer, moe_prefill, reference
 from runtime.kernels.moe import Tile, Tiles
 
 FP32_BOUND = 4e-3 if torch.cuda.is_available() else 1e-5  # the GPU multiplies fp32 in tf32
@@ -115,3 +115,21 @@ def test_prefill_layer_fp8(device, rng, monkeypatch) -> None:
         pytest.skip("torch has no CPU kernel for scaled_grouped_mm")
     case, scales = fp8_layer(rng, device, 64, 2, 4, 128, 64)
     check(case, 0.02 + FP8_STEP, device, monkeypatch, run=moe_prefill.prefill_moe, fp8_rows=True, **scales)
+
+
+@pytest.mark.parametrize("tokens, chosen", [(8, "fused_moe"), (60, "fused_moe_fp8"), (800, "prefill_moe")])
+def test_layer_chooses_by_rows_an_expert(tokens, chosen, device, rng, monkeypatch) -> None:
+    case, scales = fp8_layer(rng, device, tokens, 1, 2, 64, 32)
+    called = []
+    for name in ("fused_moe", "fused_moe_fp8", "prefill_moe"):
+        monkeypatch.setattr(moe_layer, name, lambda *a, name=name, **k: called.append(name))
+    moe_layer.moe_layer(**{k: v.to(device) for k, v in case.items()}, **scales)
+    assert called == [chosen]
+
+
+def test_biases_stay_with_the_kernel_that_has_them(device, rng, monkeypatch) -> None:
+    case = layer(rng, 900, 1, 2, 16, 16, HALF)
+    seen = {}
+    monkeypatch.setattr(moe_layer, "fused_moe", lambda *a, **k: seen.update(k))
+    moe_layer.moe_layer(**case, activation="swiglu_clamped", w2_bias_EH=torch.ones(2, 16))
+    assert seen["activation"] == "swiglu_clamped" and seen["w2_bias_EH"] is not None
