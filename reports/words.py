@@ -8,7 +8,7 @@ from twin.spec.units import format_bytes, format_s
 
 NAME_CHARS = 12_000
 CELL_CHARS = 600
-LABEL_CHARS = 48
+LABEL_CHARS = 72
 DASH = "–"
 
 
@@ -87,17 +87,23 @@ def plan_words(plan: Plan) -> str:
 
 
 def plan_switches(plan: Plan) -> tuple[str, ...]:
-    """Limits and switches of a plan, one phrase each, pool by pool."""
-    phrases: list[str] = []
-    for pool in plan.pools:
-        own = [f"≤ {pool.max_num_seqs} seqs", f"≤ {pool.max_batch_tokens:,} tokens"]
-        own.append(f"chunk {pool.chunk_tokens:,}" if pool.chunk_tokens else "whole prompts")
-        own += [f"+{pool.redundant_experts} experts"] if pool.redundant_experts else []
-        own += [pool.placement.replace("_", " ")] if pool.placement != "linear" else []
-        own += [name for name, on in (("TBO", pool.tbo), ("prefix cache", pool.prefix_cache)) if on]
-        own += [f"MTP {pool.mtp_draft_tokens}"] if pool.mtp_draft_tokens else []
-        phrases += [f"{pool.role} {phrase}" for phrase in own]
-    return (*phrases, f"{plan.router.replace('_', ' ')} router")
+    """Limits and switches of a plan, one phrase each; what only one of its pools has names that pool."""
+    by_pool = [(pool.role, _pool_switches(pool)) for pool in plan.pools]
+    phrases = dict.fromkeys(phrase for _, own in by_pool for phrase in own)
+    said = []
+    for phrase in phrases:
+        roles = [role for role, own in by_pool if phrase in own]
+        said.append(phrase if len(roles) == len(by_pool) else f"{' and '.join(roles)} {phrase}")
+    return (*said, f"{plan.router.replace('_', ' ')} router")
+
+
+def _pool_switches(pool: PoolPlan) -> list[str]:
+    own = [f"≤ {pool.max_num_seqs} seqs", f"≤ {pool.max_batch_tokens:,} tokens"]
+    own.append(f"chunk {pool.chunk_tokens:,}" if pool.chunk_tokens else "whole prompts")
+    own += [f"+{pool.redundant_experts} experts"] if pool.redundant_experts else []
+    own += [pool.placement.replace("_", " ")] if pool.placement != "linear" else []
+    own += [name for name, on in (("TBO", pool.tbo), ("prefix cache", pool.prefix_cache)) if on]
+    return own + ([f"MTP {pool.mtp_draft_tokens}"] if pool.mtp_draft_tokens else [])
 
 
 def plan_sentence(plan: Plan) -> str:

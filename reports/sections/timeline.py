@@ -17,6 +17,7 @@ from reports.words import clip, label, plural, text_of
 MAX_EVENTS = 900
 MAX_ROWS = 32
 MAX_KINDS = 10
+COLOURS = {**ROLE, "idle": "rgba(148,163,184,0.35)", "KV transfer": "#db2777"}
 SHADES = (FAMILY["other"][2], FAMILY["moe"][3], "#db2777", "#65a30d", "#a855f7", "#0ea5e9", "#eab308", "#64748b")
 
 
@@ -51,8 +52,8 @@ def section(story: Story) -> Section:
 
 
 def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
-    """Complete ("X") events in order of time, with the names that metadata ("M") events give their tracks. Times in a
-    Chrome trace are microseconds. Anything malformed is skipped."""
+    """Complete ("X") events, and asynchronous ones from "b" to "e", in order of time, with the names that metadata ("M")
+    events give their tracks. Times in a Chrome trace are microseconds. Anything malformed is skipped."""
     processes: dict[str, str] = {}
     threads: dict[tuple[str, str], str] = {}
     events = [event for event in events if isinstance(event, dict)]
@@ -64,17 +65,34 @@ def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
                 processes[pid] = _clean(args["name"])
             elif event.get("name") == "thread_name":
                 threads[pid, tid] = _clean(args["name"])
-    spans = []
+    spans: list[Span] = []
+    begun: dict[tuple[str, str, str], tuple[float, str]] = {}
     for event in events:
-        start, length = _number(event.get("ts")), _number(event.get("dur"))
-        if event.get("ph") != "X" or start is None or length is None:
+        start, pid, name = _number(event.get("ts")), _clean(event.get("pid")), _clean(event.get("name", ""))
+        if start is None:
             continue
-        pid, tid = _clean(event.get("pid")), _clean(event.get("tid"))
-        row = f"{processes.get(pid, f'process {pid}')} · {threads.get((pid, tid), f'track {tid}')}"
-        name = _clean(event.get("name", ""))
-        kind = _clean(event.get("cat") or re.split(r"[\s\d(]", name, maxsplit=1)[0])
-        spans.append(Span(start * 1e-6, length * 1e-6, row, kind, name))
+        process, phase = processes.get(pid, f"process {pid}"), event.get("ph")
+        length = _number(event.get("dur"))
+        key = (_clean(event.get("cat")), _clean(event.get("id")), name)
+        if phase == "X" and length is not None:
+            tid = _clean(event.get("tid"))
+            row = f"{process} · {threads.get((pid, tid), f'track {tid}')}"
+            spans.append(Span(start * 1e-6, length * 1e-6, row, _kind(event, name), name))
+        elif phase == "b":
+            begun[key] = (start, f"{process} · {'KV sent' if key[0] == 'kv' else key[0]}")
+        elif phase == "e" and key in begun:
+            first, row = begun.pop(key)
+            spans.append(Span(first * 1e-6, (start - first) * 1e-6, row, "KV transfer" if key[0] == "kv" else key[0], name))
     return sorted(spans, key=lambda s: (s.start_s, s.row, s.name))
+
+
+def _kind(event: dict[str, Any], name: str) -> str:
+    """What a span is coloured by: for a step what it computed, else its category or the first word of its name."""
+    args = event.get("args")
+    if event.get("cat") == "step" and isinstance(args, dict) and "decode_seqs" in args and "prefill_tokens" in args:
+        decode, prefill = bool(args["decode_seqs"]), bool(args["prefill_tokens"])
+        return "mixed" if decode and prefill else "prefill" if prefill else "decode" if decode else "idle"
+    return _clean(event.get("cat") or re.split(r"[\s\d(]", name, maxsplit=1)[0])
 
 
 def _clean(text: object) -> str:
@@ -120,7 +138,7 @@ def _gantt(id_: str, title: str, spans: list[Span]) -> Figure:
                 name=label(kind or "span"),
                 width=0.72,
                 marker={
-                    "color": ROLE.get(kind, SHADES[index % len(SHADES)]),
+                    "color": COLOURS.get(kind, SHADES[index % len(SHADES)]),
                     "line": {"width": 0.4, "color": "rgba(255,255,255,0.7)"},
                 },
                 hovertext=[
@@ -151,7 +169,7 @@ def _gantt(id_: str, title: str, spans: list[Span]) -> Figure:
     )
     if len(spans) > len(shown) or len(rows) > len(kept):
         words += f" The trace has {plural(len(spans), 'span')}; the middle of the run is drawn."
-    return Figure(id_, drawn, words, title=title, height_px=120 + 30 * len(kept))
+    return Figure(id_, drawn, words, title=title, height_px=120 + (30 if len(kept) <= 16 else 20) * len(kept))
 
 
 def _natural(row: str) -> list[tuple[int, int, str]]:

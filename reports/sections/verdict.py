@@ -215,12 +215,8 @@ def _searched_tiles(story: Story) -> list[Tile]:
     run = story.searched
     if run is None or run.search is None or run.search.best is None:
         return []
-    best = run.search.best
-    return [
-        Tile(label, (cell(best.metrics[name], unit, f"{run.file('search.json')}#best.metrics.{name}", badge="predicted"),))
-        for name, (label, unit) in METRICS.items()
-        if name in best.metrics
-    ]
+    best, path = run.search.best, f"{run.file('search.json')}#best"
+    return [Tile(metric.heading, (metric.cell(best, path, badge="predicted"),)) for metric in METRICS if metric.key(best)]
 
 
 def _plan_table(plan: Plan) -> Table:

@@ -112,15 +112,15 @@ def search(named: Namer, question: Scenario, best: Plan, count: int = 60) -> Sea
                 reason="" if i == 0 else named(f"TPOT p95 {1000 / users:.0f} ms" if not feasible else "fewer tokens per GPU"),
                 rank=i + 1,
                 metrics={
-                    "output_tok_per_s_per_gpu": 2300.5 if i == 0 else rate,
-                    "tok_per_s_per_user": 41.25 if i == 0 else users,
+                    "capacity_tok_per_s_per_gpu": 2300.5 if i == 0 else rate,
+                    "capacity_tok_per_s_per_user": 41.25 if i == 0 else users,
                     "ttft_s_p50": rng.uniform(0.2, 1),
                     "ttft_s_p99": rng.uniform(1, 3),
                     "tpot_s_p50": 0.9 / users,
                     "tpot_s_p99": 1.3 / users,
                     "goodput_per_s": rng.uniform(5, 20),
-                    "free_bytes": rng.uniform(2e9, 3e10),
-                    "usd_per_million_output_tokens": 2.6 / (rate * 3600) * 1e6,
+                    "decode_free_bytes": rng.uniform(2e9, 3e10),
+                    "capacity_usd_per_million_output_tokens": 2.6 / (rate * 3600) * 1e6,
                 },
             )
         )
@@ -128,8 +128,8 @@ def search(named: Namer, question: Scenario, best: Plan, count: int = 60) -> Sea
         c
         for c in candidates
         if not any(
-            o.metrics["tok_per_s_per_user"] > c.metrics["tok_per_s_per_user"]
-            and o.metrics["output_tok_per_s_per_gpu"] > c.metrics["output_tok_per_s_per_gpu"]
+            o.metrics["capacity_tok_per_s_per_user"] > c.metrics["capacity_tok_per_s_per_user"]
+            and o.metrics["capacity_tok_per_s_per_gpu"] > c.metrics["capacity_tok_per_s_per_gpu"]
             for o in candidates
         )
     ]
@@ -170,19 +170,10 @@ def trace(named: Namer, steps: int = 120) -> list[dict[str, Any]]:
                     }
                 )
                 at += length
-        if node >= 2:
-            events += [
-                {
-                    "ph": "X",
-                    "name": named("KV from prefill"),
-                    "cat": "kv transfer",
-                    "pid": node,
-                    "tid": 9,
-                    "ts": i * 230_000.0,
-                    "dur": 9_000.0,
-                }
-                for i in range(16)
-            ]
+        if node < 2:
+            for i in range(16):
+                sent = {"name": named(f"KV of request {16 * node + i}"), "cat": "kv", "id": 16 * node + i, "pid": node, "tid": 0}
+                events += [{**sent, "ph": "b", "ts": i * 230_000.0}, {**sent, "ph": "e", "ts": i * 230_000.0 + 9_000}]
     return events
 
 

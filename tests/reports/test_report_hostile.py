@@ -71,7 +71,9 @@ def test_figures_hold_no_markup_from_names(tmp_path: Path) -> None:
             [walk(v) for v in value]
         elif isinstance(value, str):
             found.append(
-                value.replace("<br>", "")
+                value.replace("<b>", "", 1)
+                .replace("</b>", "", 1)
+                .replace("<br>", "")
                 .replace("<extra></extra>", "")
                 .replace("<extra>predicted</extra>", "")
                 .replace("<extra>measured</extra>", "")
@@ -118,3 +120,21 @@ def test_a_malformed_trace_is_skipped_over() -> None:
     spans = spans_of([*bad, good])
     assert [s.name for s in spans] == ["step", "{'a': 1}"] or [s.name for s in spans] == ["{'a': 1}", "step"]
     assert spans_of([{**good, "name": "\ud800"}])[0].name == "?"
+
+
+def test_transfers_are_paired_from_begin_to_end() -> None:
+    """Two transfers that overlap keep their own ends; one that never ends is not drawn."""
+    both = {"name": "KV", "cat": "kv", "pid": 0, "tid": 0}
+    events = [
+        {**both, "ph": "b", "id": 1, "ts": 10},
+        {**both, "ph": "b", "id": 2, "ts": 20},
+        {**both, "ph": "b", "id": 3, "ts": 30},
+        {**both, "ph": "e", "id": 1, "ts": 110},
+        {**both, "ph": "e", "id": 2, "ts": 50},
+        {**both, "ph": "e", "id": 9, "ts": 60},
+    ]
+    spans = spans_of(events)
+    assert [(s.kind, round(s.start_s * 1e6), round(s.length_s * 1e6)) for s in spans] == [
+        ("KV transfer", 10, 100),
+        ("KV transfer", 20, 30),
+    ]

@@ -191,7 +191,7 @@ def format_comparison(comparison: Comparison) -> str:
         if comparison.band is not None:
             words += f"; {'within' if comparison.within_band else 'outside'} the band of ±{100 * comparison.band:g}%"
         lines += ["", words]
-    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes)]) + "\n"
+    return "\n".join([*lines, *(f"note: {note}" for note in comparison.notes)])
 
 
 def _text(value: float | None, unit: str) -> str:
