@@ -121,7 +121,7 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile)
-    return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts)
+    return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts, site.pool.dp)
 
 
 def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:

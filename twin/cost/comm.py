@@ -8,6 +8,7 @@ Legend: R ranks of the instance, d DP ranks, N nodes (NVLink domains), p chance 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,12 +40,23 @@ class Exchange:
     fixed_s: float
     source: Source
 
+    @cached_property
+    def _even(self) -> tuple[float, float]:
+        """Seconds a token when every rank brings as many: NVLink, RDMA."""
+        ones = np.ones(len(self.rdma[1]))
+        return float(_slowest(ones, self.nvlink)), float(_slowest(ones, self.rdma))
+
     def seconds(self, tokens: Array) -> tuple[Array, Array]:
-        """Exposed NVLink and RDMA seconds: [..., d] -> ([...], [...]); their sum is the phase without `fixed_s`.
+        """Exposed NVLink and RDMA seconds: [..., d] (or [..., 1], all ranks alike) -> ([...], [...]); their sum is the phase
+        without `fixed_s`.
 
         Both kinds of link work at once (and forwarding is pipelined), so NVLink shows only where it outlasts RDMA.
         """
-        rdma_s, nvlink_s = _slowest(tokens, self.rdma), _slowest(tokens, self.nvlink)
+        if tokens.shape[-1] == 1 < len(self.rdma[1]):  # one column stands for all ranks alike
+            tokens_n = tokens[..., 0]
+            rdma_s, nvlink_s = tokens_n * self._even[1], tokens_n * self._even[0]
+        else:
+            rdma_s, nvlink_s = _slowest(tokens, self.rdma), _slowest(tokens, self.nvlink)
         return np.maximum(nvlink_s - rdma_s, 0.0), rdma_s
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array
 from twin.cost.interpolate import Curve, Interpolator
@@ -18,8 +19,35 @@ from twin.cost.work import equivalent_tokens
 from twin.spec.base import Source
 from twin.spec.model import Attention
 
-_ROWS: Array = np.exp2(np.arange(0.0, 20.01, 0.25))
+_STEPS = 4  # knots an octave of the tables that steps are read from
+_ROWS: Array = np.exp2(np.arange(0.0, 20.01, 1 / _STEPS))
+_BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
+_LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
+
+
+def _place(x: Array, knots: int) -> tuple[npt.NDArray[np.int64], Array]:
+    """Knot below `x` and how far beyond it, on a grid of `_STEPS` an octave from 1; clipped to its ends."""
+    at = np.minimum(np.log2(np.maximum(x, 1.0)) * _STEPS, knots - 1.0001)
+    low = at.astype(np.int64)
+    return low, at - low
+
+
+def _read(log_s: Array, x: Array) -> Array:
+    """Seconds from a table over `_ROWS`, straight in log-log."""
+    low, beyond = _place(x, len(log_s))
+    below = log_s[low]
+    return np.asarray(np.exp(below + beyond * (log_s[low + 1] - below)))
+
+
+def _read_two(log_s: Array, x: Array, y: Array) -> Array:
+    """Seconds from a table over (`_BATCH`, `_LENGTH`)."""
+    i, u = _place(x, log_s.shape[0])
+    j, v = _place(y, log_s.shape[1])
+    flat, at = log_s.ravel(), i * log_s.shape[1] + j
+    low = flat[at] + v * (flat[at + 1] - flat[at])
+    at = at + log_s.shape[1]
+    return np.asarray(np.exp(low + u * (flat[at] + v * (flat[at + 1] - flat[at]) - low)))
 
 
 @dataclass(frozen=True)
@@ -49,12 +77,12 @@ class RowTable:
     def seconds(self, x: Array) -> Array:
         """[..., f] -> [...]"""
         rows = x[..., self.feature]
-        return np.asarray(np.exp(np.interp(np.log(np.maximum(rows, 1.0)), np.log(_ROWS), self.log_total)) * (rows > 0))
+        return np.asarray(_read(self.log_total, rows) * (rows > 0)) if rows.any() else np.zeros(rows.shape)
 
     def parts(self, x: Array) -> dict[str, Array]:
         """The sum, split as the operators' own tables split it."""
-        rows, total = np.log(np.maximum(x[..., self.feature], 1.0)), self.seconds(x)
-        each = [np.exp(np.interp(rows, np.log(_ROWS), log_s)) for log_s in self.log_s]
+        rows, total = x[..., self.feature], self.seconds(x)
+        each = [_read(log_s, rows) for log_s in self.log_s]
         whole = np.sum(each, axis=0)
         parts: dict[str, Array] = {}
         for key, seconds in zip(self.keys, each, strict=True):
@@ -67,7 +95,7 @@ class Surface:
     """Attention of one kind of layer, decode or prefill, from a table over (batch, length)."""
 
     op: Op
-    curve: Curve
+    log_s: Array  # over (_BATCH, _LENGTH), one layer
     decode: bool
     drafts: int
     share: float
@@ -88,7 +116,9 @@ class Surface:
 
     def _decode_s(self, x: Array) -> Array:
         seqs = x[..., INDEX["decode_seqs"]]
-        each = self.curve.many(np.maximum(seqs, 1.0), x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
+        if not seqs.any():
+            return np.zeros(seqs.shape)
+        each = _read_two(self.log_s, seqs, x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
         if self.drafts:  # tables have one query a sequence: more of them cost what the roofline says they add
             one = x.copy()
             one[..., [INDEX[n] for n in ("decode_tokens", "decode_pairs", "decode_pairs_window", "decode_pairs_sparse")]] /= (
@@ -107,10 +137,9 @@ class Surface:
         new = tokens / np.maximum(chunks, 1.0)  # half a chunk (of a split batch) is a shorter chunk
         past = np.maximum(x[..., INDEX["prefill_kv"]] / chunks - tokens / chunks, 0.0)
         length = equivalent_tokens(np.maximum(new, 1.0), past, self.op.window or 0)
-        each = self.curve.many(np.maximum(chunks, 1.0), length)
+        each = _read_two(self.log_s, chunks, length)
         if self.log_products is not None:
-            rows = np.log(np.maximum(chunks, 1.0) * length)
-            products = np.exp(np.interp(rows, np.log(_ROWS), self.log_products))
+            products = _read(self.log_products, np.maximum(chunks, 1.0) * length)
             each = np.maximum(each - products, self._bound(x) / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
 
@@ -147,7 +176,8 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array]) -> 
             rows.setdefault(next(iter(op.flops)), []).append((op, curve))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
-            found.append(Surface(op, curve, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
+            table = np.log(curve.many(_BATCH[:, None], _LENGTH[None, :]))
+            found.append(Surface(op, table, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
                                  (evidence_of(curve, 32, 2048),), products))
     for feature, pairs in sorted(rows.items()):
         each = np.log(np.stack([curve.many(_ROWS) * op.layers / ask.share for op, curve in pairs]))

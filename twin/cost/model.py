@@ -91,7 +91,8 @@ class CostModel:
 
     # --- steps
     def step(self, batch: StepBatch) -> StepCost:
-        """Seconds of one step by part, with sources and an 80% interval. `batch` holds arrays over DP ranks, [d]."""
+        """Seconds of one step by part, with sources and an 80% interval. `batch` holds arrays over DP ranks, [d], or
+        [1] where all ranks do the same."""
         x = self._features(batch)[None]
         tbo = bool(self._overlaps(x)[0])
         stack = self._stack_beside_comm if tbo else self._stack
@@ -125,7 +126,7 @@ class CostModel:
         """
         seqs_n, context_n = np.broadcast_arrays(np.asarray(seqs, dtype=float), np.asarray(context, dtype=float))
         if seqs_n.ndim == 1:
-            seqs_n, context_n = np.repeat(seqs_n[:, None], self.pool.dp, 1), np.repeat(context_n[:, None], self.pool.dp, 1)
+            seqs_n, context_n = seqs_n[:, None], context_n[:, None]
         none = np.zeros(seqs_n.shape)
         return self._steps_s(StepBatch(seqs_n, context_n, none, none, none))
 
@@ -143,7 +144,7 @@ class CostModel:
     def _features(self, batch: StepBatch) -> Array:
         pad = self._pad if self.pool.cuda_graphs and not np.any(batch.prefill_tokens) else None
         x = features(batch, self.extents, pad)
-        if x.shape[-2] != self.pool.dp:
+        if x.shape[-2] not in (1, self.pool.dp):
             raise SpecError(f"a batch of {x.shape[-2]} ranks for an instance of {self.pool.dp}", field="batch")
         return x
 

@@ -41,21 +41,25 @@ class Stack:
     exchanges: tuple[tuple[str, Exchange], ...]
     moe_layers: int
     launch_counts: Array  # [f] kernels a rank launches
+    ranks: int  # DP ranks; a batch of one column stands for all of them alike
 
     def launches(self, x: Array) -> Array:
         """Kernels that the busiest rank launches: [n, d, f] -> [n]. A grouped expert FFN is six, an exchange three."""
         routed = self.moe_layers * ((6 if self.experts is not None else 0) + 3 * len(self.exchanges))
         return np.asarray((x @ self.launch_counts).max(axis=-1) + routed)
 
+    def _alike(self, x: Array) -> int:
+        return self.ranks if x.shape[-2] == 1 else 1
+
     def streams(self, x: Array) -> Streams:
-        """Totals of a pass over `x` [n, d, f]."""
+        """Totals of a pass over `x` [n, d, f] (or [n, 1, f], all ranks alike)."""
         rank_s = self.table.seconds(x).sum(axis=-1)
         for own in (*self.measured, *self.collectives):
             rank_s = rank_s + own.seconds(x)
         compute: Array = rank_s.max(axis=-1)
         comm = np.zeros(len(x))
         tokens = x[..., _TOKENS]
-        total = tokens.sum(axis=-1)
+        total = tokens.sum(axis=-1) * self._alike(x)
         if self.experts is not None:
             gemm_s, permute_s = self.experts.seconds(total)
             compute = compute + gemm_s + permute_s
@@ -87,7 +91,7 @@ class Stack:
         slow = int(np.sum(list(by_key.values()), axis=0).argmax())
         found = {key: float(seconds[slow]) for key, seconds in by_key.items()}
         tokens = x[:, _TOKENS]
-        total = tokens.sum(keepdims=True)
+        total = tokens.sum(keepdims=True) * self._alike(x)
         if self.experts is not None:
             gemm_s, permute_s = self.experts.seconds(total)
             found["moe/experts"], found["moe/permute"] = float(gemm_s[0]), float(permute_s[0])
