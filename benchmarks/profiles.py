@@ -32,7 +32,7 @@ SHIP_SYSTEMS = ("h100_sxm", "h200_sxm", "b200_sxm")
 EXPERTS = {(7168, 2048, 256), (7168, 2048, 384), (2048, 768, 128), (4096, 1536, 128), (6144, 2560, 160), (2048, 512, 256),
            (4096, 1024, 512), (2880, 2880, 32), (2880, 2880, 128), (4096, 1408, 128), (5120, 1536, 160), (6144, 2048, 256),
            (3072, 1536, 256), (4096, 14336, 8), (6144, 16384, 8)}
-TOLERANCE = {"gemm": 0.05, "attention_prefill": 0.06, "attention_decode": 0.06, "moe": 0.06}  # others 2%
+TOLERANCE = {"gemm": 0.03, "attention_prefill": 0.03, "attention_decode": 0.03, "moe": 0.03}  # others 2%
 
 
 def wanted(table: Table) -> Table | None:
@@ -57,7 +57,7 @@ def thinned(profile: Profile, most_bytes: int, path: Path) -> Profile:
         small = [thin(t, profile.peaks, TOLERANCE.get(t.operator, 0.02) * scale) for t in tables]
         small = [with_spread_against(s, t, profile.peaks) for s, t in zip(small, tables, strict=True)]
         note = {**profile.provenance, "thinned": f"points that the rest gives within {0.02 * scale:.1%} "
-                                                 f"(GEMM, attention and MoE: {0.06 * scale:.1%}) left out"}
+                                                 f"(GEMM, attention and MoE: {0.03 * scale:.1%}) left out"}
         result = profile.model_copy(update={"tables": tuple(small), "provenance": note})
         dump_profile(result, path)
         if path.stat().st_size <= most_bytes:

@@ -8,7 +8,7 @@ no single point, and no host-bound half of a table, decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,8 +27,7 @@ _MOST_POINTS = 4000
 class FittedEfficiency(Spec):
     """One fit. `compute`, `memory` and `wire` are null where the tables never were bound by them.
 
-    `spread` is the 80% half width of the log error of the fit; `eager` says that its points were measured with a host
-    launching each kernel for longer than it ran (launch_s above 30 us): inside a CUDA graph it is too slow.
+    `spread` is the 80% half width of the log error of the fit; `host_bound` as in Table.
     """
 
     gpu: str
@@ -42,7 +41,7 @@ class FittedEfficiency(Spec):
     wire: Share | None
     spread: float
     points: int
-    eager: bool = False
+    host_bound: bool = False
 
 
 class EfficiencyFile(Spec):
@@ -57,8 +56,8 @@ class EfficiencyFile(Spec):
         """The fit for a call: of that engine, else of the engine whose fit is best; None where there is none."""
         key = gpu_key(gpu)
         fits = [f for f in self.fits if (f.gpu, f.operator, f.variant) == (key, operator, variant) and f.dtype in (dtype, "")]
-        own = [f for f in fits if f.engine == engine and not f.eager]
-        return next(iter(own or [f for f in fits if not f.eager] or fits), None)
+        own = [f for f in fits if f.engine == engine and not f.host_bound]
+        return next(iter(own or [f for f in fits if not f.host_bound] or fits), None)
 
 
 def load_efficiency(path: Path | None = None) -> EfficiencyFile:
@@ -83,7 +82,7 @@ def fit_profile(profile: Profile, seed: int = 0) -> list[FittedEfficiency]:
     return [_fit_group(profile, key, groups[key], seed) for key in sorted(groups)]
 
 
-def _fit_group(profile: Profile, key: tuple[str, str, str], tables: Iterable[Table], seed: int) -> FittedEfficiency:
+def _fit_group(profile: Profile, key: tuple[str, str, str], tables: Sequence[Table], seed: int) -> FittedEfficiency:
     points = np.concatenate([_bounds(profile, table) for table in tables], axis=1)
     rng = np.random.default_rng(np.random.SeedSequence([seed, points.shape[1]]))
     if points.shape[1] > _MOST_POINTS:
@@ -97,7 +96,7 @@ def _fit_group(profile: Profile, key: tuple[str, str, str], tables: Iterable[Tab
     compute, memory, wire = (round(s, 4) if np.sum(binding == i) >= 8 else None for i, s in enumerate(shares))
     return FittedEfficiency(gpu=profile.gpu, engine=profile.engine, operator=key[0], variant=key[1], dtype=key[2],
                             launch_s=float(f"{launch_s:.3g}"), compute=compute, memory=memory, wire=wire,
-                            spread=round(spread, 3), points=points.shape[1], eager=launch_s > 30e-6 and key[0] == "gemm")
+                            spread=round(spread, 3), points=points.shape[1], host_bound=any(t.host_bound for t in tables))
 
 
 def _bounds(profile: Profile, table: Table) -> Array:

@@ -20,7 +20,7 @@ class Grid:
     """`values` at every grid point (holes filled), and how trustworthy each is.
 
     `hole_octaves` is 0 where a point was measured, else the distance to the measured neighbour it was filled from;
-    `rough` is the mean absolute misfit of a point and its neighbours to the line through theirs.
+    `rough` is the mean absolute misfit of a point and its neighbours to the line through theirs, over its mean.
     """
 
     logs: tuple[Array, ...]
@@ -102,7 +102,8 @@ def _fill_pass(logs: tuple[Array, ...], filled: Array, distance: Array, inside: 
 
 
 def _roughness(logs: tuple[Array, ...], values: Array) -> Array:
-    """How far each point lies from the line through its two neighbours along each axis, averaged over axes and nearby."""
+    """How far each point lies from the line through its two neighbours along each axis, averaged over axes and nearby;
+    in units of the grid's mean."""
     misfit, count = np.zeros(values.shape), np.zeros(values.shape)
     for number, axis in enumerate(logs):
         if len(axis) < 3:
@@ -115,20 +116,43 @@ def _roughness(logs: tuple[Array, ...], values: Array) -> Array:
         smooth = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
         misfit += np.moveaxis(smooth, -1, number)
         count += 1
-    return np.asarray(misfit / np.maximum(count, 1))
+    rough = misfit / np.maximum(count, 1)
+    return np.asarray(rough / max(float(rough.mean()), 1e-6))
 
 
 def monotone(values: Array) -> Array:
-    """The nearest array (in the largest deviation) that never falls along any axis.
+    """A nearby array that never falls along any axis.
 
-    Midway between the running maximum from below and the running minimum from above, one axis after the other; a
-    running maximum along one axis keeps the order along the others, so the result rises along all.
+    Along each axis the least-squares one (pool adjacent violators); what that leaves falling along earlier axes goes
+    midway between the running maximum from below and the running minimum from above. A running maximum along one axis
+    keeps the order along the others, so the result rises along all.
     """
     rising = values
     for axis in range(values.ndim):
-        if not (np.diff(rising, axis=axis) < 0).any():
+        falls = (np.diff(rising, axis=axis) < 0).any(axis=axis)
+        if not falls.any():
             continue
-        up = np.maximum.accumulate(rising, axis=axis)
-        down = np.flip(np.minimum.accumulate(np.flip(rising, axis), axis=axis), axis)
-        rising = (up + down) / 2
+        lines = np.moveaxis(rising.copy(), axis, -1)
+        for line in np.argwhere(falls):
+            lines[tuple(line)] = _pool(lines[tuple(line)].tolist())
+        rising = np.moveaxis(lines, -1, axis)
+    for axis in range(values.ndim):
+        if (np.diff(rising, axis=axis) < 0).any():
+            up = np.maximum.accumulate(rising, axis=axis)
+            down = np.flip(np.minimum.accumulate(np.flip(rising, axis), axis=axis), axis)
+            rising = (up + down) / 2
     return rising
+
+
+def _pool(line: list[float]) -> list[float]:
+    """Pool adjacent violators: the nearest rising sequence in least squares."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in line:
+        means.append(value)
+        counts.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            mean, count = means.pop(), counts.pop()
+            means[-1] = (means[-1] * counts[-1] + mean * count) / (counts[-1] + count)
+            counts[-1] += count
+    return [mean for mean, count in zip(means, counts, strict=True) for _ in range(count)]

@@ -31,17 +31,26 @@ FREE_AXES: dict[str, tuple[str, ...]] = {
 }
 _REACH = {"batch": 2.0**13, "context": 2.0**21, "new_tokens": 2.0**21, "bytes": 2.0**36}  # others: 2**22
 # Two calls that differ in these are different operators: no ratio of rooflines leads from one to the other.
-_HARD = ("scope", "mode", "side", "gated")
-_PENALTY = {"distribution": 4.0, "kernel": 0.5, "backend": 30.0, "layout": 60.0, "launch": 25.0, "dtype": 1000.0,
-            "kv_dtype": 15.0, "gemm_dtype": 500.0}
-_VERSION_PENALTY, _ENGINE_PENALTY, _GPU_PENALTY, _OCTAVE_PENALTY = 1.0, 10.0, 100.0, 6.0
+_HARD = ("scope", "mode", "side", "gated", "layout")
+# What a mismatch costs in the search for the nearest evidence, and the 80% half width (log) that it adds. Measured by
+# predicting whole engines and GPUs from the others (docs/profiles.md): the same engine on another GPU of the same
+# generation tells more than another engine on the same GPU.
+_VERSION, _GENERATION, _OTHER_GENERATION = (1.0, 0.05), (10.0, 0.16), (40.0, 0.55)
+_ENGINE_PENALTY = 30.0
+_ENGINE_WIDTH = {"gemm": 0.25, "mla_bmm": 0.3, "mla_prefill": 0.35, "mla_decode": 0.35, "all_reduce": 0.4,
+                 "attention_decode": 0.55, "attention_prefill": 0.65, "moe": 0.8, "combine": 0.9, "dispatch": 1.2}
+_HOST_BOUND = (35.0, 0.70)  # another engine's kernels under a graph say more than one's own without
+_ATTR = {"distribution": (4.0, 0.15), "kernel": (0.5, 0.15), "backend": (50.0, 0.5), "launch": (25.0, 0.5),
+         "kv_dtype": (15.0, 0.2), "gemm_dtype": (500.0, 0.4), "dtype": (1000.0, 0.5)}
+_SAME = (("yes", None), ("fused", None), ("kernel", None), (None, "fused"))  # (of a table, of a call): what goes unsaid
+_OCTAVE_PENALTY = 6.0
+_GENERATIONS = {"h100": "hopper", "h200": "hopper", "h800": "hopper", "h20": "hopper", "b200": "blackwell",
+                "b300": "blackwell", "gb200": "blackwell", "gb300": "blackwell"}
 # How far apart two shapes are: octaves of each number, weighed by how much kernels care.
 _WEIGHT = {"top_k": 0.5, "experts": 0.7, "slots": 0.3, "sms": 1.0, "window": 0.3, "nodes": 4.0, "head_dim": 2.0}
 _DEFAULTS = {"nodes": 1.0, "sms": 20.0, "moe_tp": 1.0, "moe_ep": 1.0, "window": 0.0, "past_tokens": 0.0}
 _NEAREST_SHEETS = 4
 _DEFAULT_SPREAD = 0.10
-# 80% half widths (log) that holding whole engines and whole GPUs out showed: docs/profiles.md.
-_OTHER_ENGINE, _OTHER_GPU, _OTHER_ATTR = 0.25, 0.20, 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,10 @@ class Curve:
     def many(self, x: Array, y: Array | None = None) -> Array:
         """Seconds at many points at once; `x` and `y` broadcast."""
         return np.asarray(np.exp(self._read(self._log_s, x, y)))
+
+    def half_width(self, x: Array, y: Array | None = None) -> Array:
+        """Half width of the 80% interval at many points, as a logarithm: low = seconds x exp(-half)."""
+        return self._read(self._half, x, y)
 
     def estimate(self, x: float, y: float | None = None) -> Estimate:
         """Seconds with interval and source at one point."""
@@ -192,26 +205,37 @@ class Interpolator:
     def _choose(self, operator: str, fixed: Mapping[str, float], attrs: Attrs) -> _Choice | None:
         best: _Choice | None = None
         for profile in self.store:
-            base = _GPU_PENALTY * (profile.gpu != self.gpu) + _ENGINE_PENALTY * (profile.engine != self.engine)
-            base += _VERSION_PENALTY * (self.version not in (None, profile.engine_version))
             for table in profile.tables:
-                if table.operator != operator or (best is not None and base >= best.cost):
+                if table.operator != operator:
                     continue
-                choice = _match(profile, table, fixed, attrs, base, profile.gpu != self.gpu, profile.engine != self.engine)
+                choice = _match(profile, table, fixed, attrs, self._away(profile, table))
                 if choice is not None and (best is None or choice.cost < best.cost):
                     best = choice
         return best
 
+    def _away(self, profile: Profile, table: Table) -> list[tuple[float, float]]:
+        """What lies between this profile and the target: (penalty, half width) of each difference."""
+        away = []
+        if profile.gpu != self.gpu:
+            near = _GENERATIONS.get(profile.gpu, profile.gpu) == _GENERATIONS.get(self.gpu, self.gpu)
+            away.append(_GENERATION if near else _OTHER_GENERATION)
+        if profile.engine != self.engine and table.attrs.get("backend") != "nccl":
+            away.append((_ENGINE_PENALTY, _ENGINE_WIDTH.get(table.operator, 0.0)))
+        elif self.version not in (None, profile.engine_version) and profile.engine == self.engine:
+            away.append(_VERSION)
+        if table.host_bound:
+            away.append(_HOST_BOUND)
+        return away
+
     def _grid(self, profile: Profile, table: Table, sheet: int) -> Grid:
         key = (id(table), sheet)
         if key not in self._grids:
-            yardstick = launch_s(table) + profile.peaks.roofline_s(table.operator, table.values(sheet), table.attrs)
-            self._grids[key] = Grid.fill(tuple(table.axes.values()), np.log(table.grid(sheet)) - np.log(yardstick))
+            self._grids[key] = Grid.fill(tuple(table.axes.values()), log_ratio(table, sheet, profile.peaks))
         return self._grids[key]
 
     def _tabulate(self, choice: _Choice, operator: str, fixed: Mapping[str, float], attrs: Attrs) -> Curve:
         table, free = choice.table, FREE_AXES[operator]
-        knots = tuple(_knots(name, table.axes.get(name, ())) for name in free)
+        knots = tuple(_knots(name, table.axes.get(name, ()), 8 if len(free) == 1 else 3) for name in free)
         mesh = dict(zip(free, np.meshgrid(*knots, indexing="ij"), strict=True))
         point = [np.log2(mesh.get(name, np.full(mesh[free[0]].shape, fixed.get(name, 1.0)))) for name in table.axes]
         total, half, kind = (np.zeros(mesh[free[0]].shape) for _ in range(3))
@@ -219,7 +243,7 @@ class Interpolator:
         for sheet, weight in choice.sheets:
             ratio, gap, outside, rough = self._grid(choice.profile, table, sheet).read(point)
             total += weight * ratio
-            half += weight * _half_width(spread, gap, outside, rough)
+            half += weight * half_width(spread, gap, outside, rough)
             kind = np.maximum(kind, np.where(outside > 0.05, 1.0 + outside, np.minimum(gap, 1.0)))
         peaks = self.peaks if choice.profile.gpu != self.gpu else choice.profile.peaks
         floor_s = np.broadcast_to(peaks.roofline_s(operator, {**fixed, **mesh}, {**table.attrs, **attrs}), total.shape)
@@ -236,47 +260,49 @@ def launch_s(table: Table) -> float:
     return min(s for row in table.seconds for s in row if s is not None)
 
 
-def _half_width(spread: float, gap: Array, outside: Array, rough: Array) -> Array:
-    """80% half width (log): what the table's scatter says, more where it is rough, more the farther from a measured point."""
-    near = np.maximum(0.35 * spread, 0.6 * rough) + (0.65 * spread + 0.8 * rough) * np.minimum(gap, 2.0)
-    return np.asarray(np.maximum(near, 0.005) + 0.08 * outside)
+def log_ratio(table: Table, sheet: int, peaks: GpuPeaks, launch: float | None = None) -> Array:
+    """What is interpolated: the log of measured over launch + roofline, on the grid of one sheet (nan: not measured)."""
+    yardstick = peaks.roofline_s(table.operator, table.values(sheet), table.attrs) + (launch or launch_s(table))
+    return np.asarray(np.log(table.grid(sheet)) - np.log(yardstick))
 
 
-def _knots(name: str, levels: tuple[float, ...]) -> Array:
+def half_width(spread: float, gap: Array, outside: Array, rough: Array) -> Array:
+    """80% half width (log): the table's spread, more where the table is rough, half of it on a measured point, and more
+    the farther from one."""
+    off = gap / (gap + 0.05)  # 0 on a measured point, near 1 a twentieth of an octave away
+    near = spread * (0.4 + 0.6 * np.minimum(rough, 4.0)) * (0.5 + 0.5 * off)
+    return np.asarray(np.maximum(near, 0.005) + 0.10 * np.maximum(gap - 1, 0) + 0.10 * outside)
+
+
+def _knots(name: str, levels: tuple[float, ...], an_octave: int) -> Array:
     """A table's own levels, and enough points between and beyond them for straight lines to follow the curve."""
     reach = _REACH.get(name, 2.0**22)
     own = sorted({level for level in levels if level > 0} | {1.0, reach})
     knots = [own[0]]
     for low, high in itertools.pairwise(own):
-        steps = max(2, math.ceil(math.log2(high / low) * 2 - 1e-9))
+        steps = max(2, math.ceil(math.log2(high / low) * an_octave - 1e-9))
         knots += [low * (high / low) ** (k / steps) for k in range(1, steps + 1)]
     return np.array(knots)
 
 
-def _match(profile: Profile, table: Table, fixed: Mapping[str, float], attrs: Attrs, base: float, other_gpu: bool,
-           other_engine: bool) -> _Choice | None:
+def _match(profile: Profile, table: Table, fixed: Mapping[str, float], attrs: Attrs,
+           away: list[tuple[float, float]]) -> _Choice | None:
     """How well a table answers a call; None where it cannot."""
-    cost, bridged, far = base, (_OTHER_GPU**2) * other_gpu + (_OTHER_ENGINE**2) * other_engine, False
-    for name in set(table.attrs) | set(attrs):
+    gaps, unnamed = list(away), 0
+    for name in sorted(set(table.attrs) | set(attrs)):
         have, want = table.attrs.get(name), attrs.get(name)
-        if have == want or want is None or have is None:
-            if name in _HARD and have not in (want, None, "yes"):
-                return None
-            cost += 0.01 * (have != want)
-            continue
-        if name in _HARD:
+        if name in _HARD and have != want and (have, want) not in _SAME:
             return None
-        cost += _PENALTY.get(name, 20.0)
-        bridged += _OTHER_ATTR**2
-        far = far or name != "kernel"
-    sheets, octaves = _nearest_sheets(table, fixed)
-    if not sheets:
-        return None
-    return _Choice(profile, table, sheets, octaves, math.sqrt(bridged), other_gpu or other_engine or far,
-                   cost + _OCTAVE_PENALTY * octaves)
+        if have is not None and want is not None and have != want:
+            gaps.append(_ATTR.get(name, (20.0, 0.3)))
+        unnamed += have != want
+    sheets, octaves = nearest_sheets(table, fixed)
+    cost = sum(penalty for penalty, _ in gaps) + 0.01 * unnamed + _OCTAVE_PENALTY * octaves
+    bridged = math.sqrt(sum(half**2 for _, half in gaps))
+    return _Choice(profile, table, sheets, octaves, bridged, bool(gaps), cost)
 
 
-def _nearest_sheets(table: Table, fixed: Mapping[str, float]) -> tuple[tuple[tuple[int, float], ...], float]:
+def nearest_sheets(table: Table, fixed: Mapping[str, float]) -> tuple[tuple[tuple[int, float], ...], float]:
     """Sheets with weights that sum to one, and how many octaves away the nearest is. An exact sheet stands alone."""
     if not table.shape:
         return ((0, 1.0),), 0.0

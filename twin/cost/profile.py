@@ -4,7 +4,8 @@ A table holds sheets. A sheet is one shape that was measured (say 64 query heads
 under `shape`; within it, seconds lie on the grid that `axes` spans, in C order, null where nothing was measured.
 Sheets are scattered, axes are a grid: that is how benchmarks are run, and it keeps the files small.
 
-The file is written by `dump_profile`: sorted, three significant digits, the same bytes for the same tables.
+A row of seconds is a list of numbers, or, as `dump_profile` writes it, a string with two characters a point: the
+logarithm in steps of 0.37%. The same tables give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from twin.cost.work import NO_WINDOW, OPERATORS, Attrs, Values, work_of
 from twin.spec.base import Spec
@@ -29,6 +30,37 @@ from twin.spec.errors import Problem, SpecError
 MAX_FILE_BYTES = 64 << 20
 Array = npt.NDArray[np.float64]
 Positive = Annotated[float, Field(gt=0, le=1e20)]
+
+
+# Packed seconds: log(seconds / 10 ns) / _STEP + 1 in base 91, high digit first; 0 is null. Printable, no quote, no backslash.
+_ALPHABET = "".join(chr(c) for c in range(35, 127) if c != 92)
+_LEAST_S, _STEP = 1e-8, math.log(1e13) / (91 * 91 - 2)
+_DIGIT = np.full(128, -1)
+_DIGIT[[ord(c) for c in _ALPHABET]] = range(91)
+
+
+def pack(row: Iterable[float | None]) -> str:
+    """Seconds (10 ns to 1e5 s; None: not measured) as two characters each, true to 0.2%."""
+    codes = (0 if s is None else round(math.log(s / _LEAST_S) / _STEP) + 1 for s in row)
+    return "".join(_ALPHABET[c // 91] + _ALPHABET[c % 91] for c in codes)
+
+
+def unpack(text: str) -> tuple[float | None, ...]:
+    """The reverse of `pack`. Raises ValueError for what it never writes."""
+    if len(text) % 2 or not text.isascii():
+        raise ValueError("packed seconds have two characters a point")
+    digits = _DIGIT[np.frombuffer(text.encode(), dtype=np.uint8)].reshape(-1, 2)
+    if (digits < 0).any():
+        raise ValueError("packed seconds hold a character that never stands in them")
+    codes = digits[:, 0] * 91 + digits[:, 1]
+    seconds = _LEAST_S * np.exp((codes - 1) * _STEP)
+    return tuple(None if c == 0 else s for c, s in zip(codes.tolist(), seconds.tolist(), strict=True))
+
+
+def _unpacked(rows: Any) -> Any:
+    if not isinstance(rows, list | tuple):
+        return rows
+    return tuple(unpack(row) if isinstance(row, str) else tuple(row) if isinstance(row, list) else row for row in rows)
 
 
 class GpuPeaks(Spec):
@@ -66,7 +98,8 @@ class Table(Spec):
     """Measured seconds of one operator under fixed attributes.
 
     `spread` is the half width of an 80% interval, as a fraction of the seconds, for a point between grid points
-    (from leaving points out); null when it was not studied. `source` says where the points came from.
+    (from leaving points out); null when it was not studied. `source` says where the points came from. `host_bound` says
+    that the host launched kernels more slowly than they ran: inside a CUDA graph its small points are far too slow.
     """
 
     operator: str
@@ -74,9 +107,10 @@ class Table(Spec):
     shape: tuple[str, ...] = ()
     sheets: tuple[tuple[float, ...], ...] = ((),)
     axes: dict[str, tuple[Annotated[float, Field(ge=0)], ...]]
-    seconds: tuple[tuple[Annotated[float, Field(gt=0, lt=1e5)] | None, ...], ...]
+    seconds: Annotated[tuple[tuple[Annotated[float, Field(ge=1e-8, lt=1e5)] | None, ...], ...], BeforeValidator(_unpacked)]
     spread: Annotated[float, Field(ge=0, le=10)] | None = None
     source: str = "measured"
+    host_bound: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Table:
@@ -172,7 +206,7 @@ def load_store(folder: Path | None = None) -> ProfileStore:
 
 
 def dump_profile(profile: Profile, path: Path) -> None:
-    """Write a profile whole, deterministically, three significant digits a point."""
+    """Write a profile whole, deterministically, true to 0.2% a point."""
     head = profile.model_dump(mode="json", exclude={"tables"})
     tables = sorted(profile.tables, key=lambda t: (t.operator, sorted(t.attrs.items())))
     lines = ",\n".join(_table_json(table) for table in tables)
@@ -186,24 +220,13 @@ def _table_json(table: Table) -> str:
     head = table.model_dump(mode="json", exclude={"seconds", "axes", "sheets"})
     head["axes"] = {name: [_short(x) for x in levels] for name, levels in table.axes.items()}
     head["sheets"] = [[_short(x) for x in sheet] for sheet in table.sheets]
-    rows = ",".join("[" + ",".join(_seconds_json(s) for s in row) + "]" for row in table.seconds)
-    # `axes` keeps its order (that of the grid), everything else is sorted by hand above or has one key order.
-    return json.dumps(head, separators=(",", ":"))[:-1] + f',"seconds":[{rows}]}}'
+    head["attrs"] = dict(sorted(table.attrs.items()))
+    head["seconds"] = [pack(row) for row in table.seconds]
+    return json.dumps(head, separators=(",", ":"))
 
 
 def _short(x: float) -> float | int:
     return int(x) if float(x).is_integer() else x
-
-
-def _seconds_json(seconds: float | None) -> str:
-    """1.2345e-05 as 123e-7: three digits, the shortest JSON number."""
-    if seconds is None:
-        return "null"
-    digits, exponent = f"{seconds:.2e}".split("e")
-    mantissa, power = int(digits.replace(".", "")), int(exponent) - 2
-    while mantissa % 10 == 0:
-        mantissa, power = mantissa // 10, power + 1
-    return f"{mantissa}e{power}"
 
 
 def normal_window(window: float) -> float:

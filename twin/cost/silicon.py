@@ -158,8 +158,21 @@ def _import_engine(data: Path, engine: str, version: str | None, peaks: GpuPeaks
     if not tables:
         return None
     wheel = Source(name="aiconfigurator-core", version=_wheel_version(), license="Apache-2.0", attribution=ATTRIBUTION)
+    tables = [t.model_copy(update={"host_bound": True}) if _host_bound(t, peaks) else t for t in tables]
     return Profile(gpu=SYSTEMS[data.name], engine=engine, engine_version=current, peaks=peaks, sources=(wheel,),
                    provenance={"tables": "imported by twin.cost.silicon", "system": data.name}, tables=tuple(tables))
+
+
+def _host_bound(table: Table, peaks: GpuPeaks) -> bool:
+    """Whether calls that need next to no work take far longer than any GPU needs to launch them: 40 us for a product,
+    80 us for a whole attention module. Such a table was measured without CUDA graphs."""
+    limit_s = {"gemm": 40e-6, "mla_decode": 80e-6, "mla_prefill": 80e-6}.get(table.operator)
+    if limit_s is None:
+        return False
+    grid = table.grid(0)
+    small = peaks.roofline_s(table.operator, table.values(0), table.attrs) < limit_s / 8
+    seconds = grid[small & ~np.isnan(grid)]
+    return bool(seconds.size and np.median(seconds) > limit_s)
 
 
 def _version_key(version: str) -> tuple[int, ...]:
