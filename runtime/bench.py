@@ -137,7 +137,7 @@ def stderr_progress(now: Progress) -> None:
 
 
 def _headers(auth: str) -> tuple[tuple[str, str], ...]:
-    key = os.environ.get(API_KEY_VARIABLE)
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
     kind = (("Content-Type", "application/json"),)
     if not key:
         return kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import secrets
 import signal
@@ -27,7 +28,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from runtime.gateway_answer import Answer, Desk, Job
-from runtime.gateway_http import Guard, HttpError, to_http
+from runtime.gateway_http import Guard, HttpError, log, to_http
 from runtime.gateway_protocol import TimedProtocol
 from runtime.gateway_schema import MAX_CHOICES, ChatRequest, CompletionRequest, ErrorBody, Sampling
 from runtime.gateway_text import ChoiceSpec, Engine
@@ -75,9 +76,11 @@ def serve(frontend_factory: Callable[[], Engine], *, settings: GatewaySettings, 
     when it fails later.
     """
     if settings.api_key is None:
-        settings = replace(settings, api_key=os.environ.get(API_KEY_VARIABLE) or None)
+        settings = replace(settings, api_key=os.environ.get(API_KEY_VARIABLE, "").strip() or None)
     app = create_app(frontend_factory, load_tokenizer(tokenizer_folder, vocab), settings)
     with contextlib.closing(listen(host, port)) as listener:
+        if settings.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            log.warning("serving other machines without a key; set %s to ask for one", API_KEY_VARIABLE)
         GatewayServer(app, settings, on_start=on_start).run(sockets=[listener])
     if app.state.engine.failure is not None:
         raise app.state.engine.failure.with_traceback(None)

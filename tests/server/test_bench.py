@@ -47,8 +47,8 @@ def test_closed_loop_measures_what_the_engine_does(url: str, api: str) -> None:
     assert result.counts.counted == 32
     assert result.counts.output_tokens == 40 * 20
     assert {r.isl for r in run.records} == {50}, "prompts have their exact length, the chat template's tokens included"
-    assert result.latencies.tpot_s.p50 == pytest.approx(STEP_S, rel=0.1)
-    assert result.latencies.itl_s.p50 == pytest.approx(STEP_S, rel=0.15)
+    assert result.latencies.tpot_s.p50 == pytest.approx(STEP_S, rel=0.25)
+    assert result.latencies.itl_s.p50 == pytest.approx(STEP_S, rel=0.25)
     assert result.latencies.itl_s.count == 32 * 19
     assert result.throughput.output_tok_per_s == pytest.approx(8 / STEP_S, rel=0.2)
     assert result.throughput.output_tok_per_s_per_gpu == pytest.approx(result.throughput.output_tok_per_s / 2)
