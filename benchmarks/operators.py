@@ -2,7 +2,8 @@
 
     python benchmarks/operators.py --op moe --tokens 64 --experts 128 --hidden 2048 --width 768 --topk 8
     python benchmarks/operators.py --op gqa --batch 64 --context 4096 --heads 32 --kv-heads 4 --head-dim 128 --json out.json
-    python benchmarks/operators.py --op all            # every operator at the shapes given
+    python benchmarks/operators.py --op all            # every operator at the shape given
+    python benchmarks/operators.py --suite             # every operator at the shapes that the engine's targets name
 
 Each figure is a CUDA-graph replay over rotated random inputs larger together than the L2 cache (`timing.time_graph`).
 """
@@ -10,10 +11,9 @@ Each figure is a CUDA-graph replay over rotated random inputs larger together th
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -45,6 +45,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One line of a table: an operator at a shape."""
+
+    label: str
+    op: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Case:
     """Calls on rotated inputs, the bytes one call must move and the operations it must do."""
 
@@ -69,31 +78,62 @@ class Case:
 @click.option("--vocab", default=151936, show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="of weights or cache")
 @click.option("--route", type=click.Choice(["uniform", "one"]), default="uniform", show_default=True)
+@click.option("--suite", is_flag=True, help="the targets' shapes instead of the one given")
 @click.option("--commit", default=None, help="git commit to record (else $GIT_COMMIT)")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="also write all figures here")
-def main(ops: tuple[str, ...], commit: str | None, json_path: Path | None, **shape: int | str) -> None:
+def main(
+    ops: tuple[str, ...], suite: bool, commit: str | None, json_path: Path | None, **shape: int | str
+) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("needs a CUDA GPU")
     names = list(CASES) if "all" in ops else list(ops)
     unknown = [n for n in names if n not in CASES]
     if unknown:
         raise click.UsageError(f"no operator {unknown[0]!r}; there are: {', '.join(CASES)}")
-    print(run(names, Shape(**shape), commit, json_path))
+    base = Shape(**shape)
+    points = suite_points(base) if suite else [Point(name, name, base) for name in names]
+    print(run(points, commit, json_path))
 
 
-def run(names: list[str], shape: Shape, commit: str | None, json_path: Path | None) -> str:
+def run(points: list[Point], commit: str | None, json_path: Path | None) -> str:
     """Measure, write the JSON if asked, return the table."""
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    rows = {name: measure(name, shape, ceilings) for name in names}
-    document = {"provenance": provenance(commit), "ceilings": asdict(ceilings), "shape": asdict(shape), "operators": rows}
+    rows = [
+        {"label": p.label, "operator": p.op, "shape": asdict(p.shape), **measure(p.op, p.shape, ceilings)} for p in points
+    ]
     if json_path:
-        write_json(json_path, document)
+        write_json(json_path, {"provenance": provenance(commit), "ceilings": asdict(ceilings), "operators": rows})
     head = (
         f"read {ceilings.read_bytes_per_s / 1e12:.2f} TB/s, bf16 product {ceilings.bf16_flop_per_s / 1e12:.0f} TFLOP/s\n"
-        f"{'operator':14} {'median':>10} {'p10..p90':>17} {'TB/s':>6} {'of read':>8} {'TFLOP/s':>8} {'of bf16':>8}"
+        f"{'operator':34} {'median':>10} {'p10..p90':>17} {'TB/s':>6} {'of read':>8} {'TFLOP/s':>8} {'of bf16':>8}"
     )
-    return "\n".join([head, *(_line(name, row) for name, row in rows.items())])
+    return "\n".join([head, *(_line(row) for row in rows)])
+
+
+def suite_points(base: Shape) -> list[Point]:
+    """The shapes of the engine's targets: one Qwen3-30B-A3B layer from decode to prefill, and latent attention."""
+    points = []
+
+    def add(op: str, **changes: int | str) -> None:
+        label = " ".join([op, *(f"{k}={v}" for k, v in changes.items())])
+        points.append(Point(label, op, replace(base, **changes)))
+
+    for dtype in ("bf16", "fp8"):
+        for tokens in (1, 8, 64, 256, 1024, 4096, 16384):
+            add("moe", tokens=tokens, dtype=dtype)
+    add("moe", tokens=64, experts=32, hidden=7168, width=2048, topk=1)
+    for batch, context in ((1, 1024), (64, 1024), (256, 1024), (64, 4096), (8, 16384)):
+        add("gqa", batch=batch, context=context)
+    add("gqa", batch=64, context=4096, block_tokens=16)
+    add("gqa", batch=64, context=4096, dtype="fp8")
+    for heads, batch in ((16, 16), (16, 64), (32, 64), (64, 64), (64, 128), (128, 16), (128, 64), (128, 128)):
+        add("mla", heads=heads, batch=batch)
+    for tokens in (64, 16384):
+        for op in ("align", "gate", "norm", "silu", "quant", "rope"):
+            add(op, tokens=tokens)
+    add("sample", batch=64)
+    return points
 
 
 def measure(name: str, shape: Shape, ceilings) -> dict:
@@ -104,10 +144,10 @@ def measure(name: str, shape: Shape, ceilings) -> dict:
     return row
 
 
-def _line(name: str, r: dict) -> str:
+def _line(r: dict) -> str:
     spread = f"{r['p10_s'] * 1e6:.1f}..{r['p90_s'] * 1e6:.1f}"
     return (
-        f"{name:14} {r['median_s'] * 1e6:8.1f}us {spread:>17} {r['bytes_per_s'] / 1e12:6.2f} {r['read_share']:8.1%}"
+        f"{r['label']:34} {r['median_s'] * 1e6:8.1f}us {spread:>17} {r['bytes_per_s'] / 1e12:6.2f} {r['read_share']:8.1%}"
         f" {r['flop_per_s'] / 1e12:8.1f} {r['bf16_share']:8.1%}"
     )
 
@@ -117,7 +157,7 @@ def write_json(path: Path, document: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def routing(s: Shape) -> tuple[torch.Tensor, torch.Tensor]:

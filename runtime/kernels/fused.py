@@ -125,7 +125,7 @@ def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
 @triton.jit
 def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    if LIMITED:
+    if LIMITED:  # noqa: SIM102 - one `if` would load even when not limited
         if row >= tl.load(num_used):
             return
     column = tl.arange(0, BLOCK)
@@ -136,7 +136,7 @@ def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.con
 @triton.jit
 def _quant_kernel(x, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    if LIMITED:
+    if LIMITED:  # noqa: SIM102 - one `if` would load even when not limited
         if row >= tl.load(num_used):
             return
     column = tl.arange(0, BLOCK)

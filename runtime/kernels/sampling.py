@@ -1,4 +1,4 @@
-"""The next token of each request, on the device, without a host sync: torch operators alone.
+"""The next token of each request, on the device, without a host sync: torch operators, and on a GPU `threshold.py`.
 
 Shapes: B requests, V vocabulary. A request's draw depends only on its own seed and position, never on who else is in
 the batch, so the same request gives the same tokens whatever it is batched with.
@@ -42,7 +42,7 @@ def sample(logits_BV: torch.Tensor, s: SamplingTensors, *, filtered: bool = True
     scaled = logits_BV.float() / torch.where(hot, s.temperature, 1.0)[:, None]
     probs = torch.softmax(scaled, -1)
     if filtered:
-        probs = probs.masked_fill(probs < _threshold(probs, s)[:, None], 0.0)
+        probs = probs.masked_fill(probs < threshold(probs, s)[:, None], 0.0)
     # inverse transform: the first token whose running sum passes u * total
     running = probs.cumsum(-1, dtype=torch.float64)
     target = uniform(s.seed, s.position) * running[:, -1]
@@ -50,8 +50,17 @@ def sample(logits_BV: torch.Tensor, s: SamplingTensors, *, filtered: bool = True
     return torch.where(hot, drawn.clamp(max=logits_BV.shape[1] - 1), greedy(logits_BV))
 
 
-def _threshold(probs_BV: torch.Tensor, s: SamplingTensors) -> torch.Tensor:
+def threshold(probs_BV: torch.Tensor, s: SamplingTensors) -> torch.Tensor:
     """The least probability that survives top-k, top-p and min-p, one a request."""
+    if probs_BV.is_cuda:
+        from runtime.kernels import threshold as kernel
+
+        return kernel.threshold(probs_BV, s.top_k, s.top_p, s.min_p)
+    return threshold_by_sorting(probs_BV, s)
+
+
+def threshold_by_sorting(probs_BV: torch.Tensor, s: SamplingTensors) -> torch.Tensor:
+    """`threshold` in plain torch."""
     ordered = probs_BV.sort(-1, descending=True).values
     last = ordered.shape[1] - 1
     k = torch.where(s.top_k > 0, s.top_k - 1, last).clamp(max=last)

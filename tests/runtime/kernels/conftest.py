@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ _INTERPRETER_NOISE = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors; the interpreter's own are not ours."""
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parent)
     for item in items:
         if str(item.path).startswith(here):
             for noise in _INTERPRETER_NOISE:

@@ -72,7 +72,10 @@ def run_mla(rng, device, monkeypatch, heads, tile, splits, lengths=LENGTHS, bloc
 
 
 @pytest.mark.parametrize("splits", [1, 3, None])
-@pytest.mark.parametrize("heads, tile", [(16, MlaTile(16, 16, 4, 2, 2)), (5, MlaTile(16, 32, 4, 2, 2)), (40, MlaTile(32, 16, 4, 2, 1))])
+@pytest.mark.parametrize(
+    "heads, tile",
+    [(16, MlaTile(16, 16, 4, 2, 2)), (5, MlaTile(16, 32, 4, 2, 2)), (40, MlaTile(32, 16, 4, 2, 1))],
+)
 def test_mla(heads, tile, splits, device, rng, monkeypatch) -> None:
     run_mla(rng, device, monkeypatch, heads, tile, splits)
 
