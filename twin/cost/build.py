@@ -16,7 +16,7 @@ from twin.cost.interpolate import Interpolator
 from twin.cost.measured import Ask, Measured, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
-from twin.cost.protocols import PROTOCOLS, Protocol
+from twin.cost.protocols import PROTOCOLS, Phase, Protocol
 from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of
 from twin.cost.routing import place, popularity, slot_shares, touch_probability
 from twin.cost.stack import Stack
@@ -135,11 +135,25 @@ def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: floa
                        rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
 
 
-def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
-    """Dispatch and combine of one MoE layer. None, None when all of an instance's tokens are where its experts are."""
+@dataclass(frozen=True)
+class Crossing:
+    """Dispatch or combine of one MoE layer before it is compiled: whose tokens (`senders_Rd`: part of DP rank d's tokens
+    that rank r sends) go how far (`reach`), at what size, by which protocol's phase."""
+
+    name: str
+    protocol: Protocol
+    phase: Phase
+    reach: Reach
+    senders_Rd: Array
+    token_bytes: float
+    backwards: bool
+
+
+def crossings(site: Site) -> tuple[Crossing, ...]:
+    """Dispatch and combine of one MoE layer. Empty when all of an instance's tokens are where its experts are."""
     pool, model = site.pool, site.model
     if pool.ep == 1 and pool.dp == 1:
-        return None, None
+        return ()
     protocol = site.protocol if pool.ep > 1 else PROTOCOLS["ag_rs" if site.gpu.kind == "gpu" else "gloo"]
     # tokens of a DP rank are on all its TP ranks: each sends its part, once for every rank that shares an expert
     part = (1 if protocol.pattern == "rail_all" else pool.expert_tp) / pool.tp
@@ -148,9 +162,15 @@ def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
     scales = model.hidden / 128 * 4 if site.precision.dispatch == "fp8" else 0.0  # an fp32 scale for every 128 elements
     out_bytes = model.hidden * bytes_of(site.precision.dispatch) + scales
     back_bytes = model.hidden * (4.0 if site.precision.weights == "fp32" else 2.0)
-    made = [compile_exchange(protocol, phase, reach, site.network, site.gpus_R, senders, size, backwards=back)
-            for phase, size, back in ((protocol.dispatch, out_bytes, False), (protocol.combine, back_bytes, True))]
-    return made[0], made[1]
+    return (Crossing("dispatch", protocol, protocol.dispatch, reach, senders, out_bytes, False),
+            Crossing("combine", protocol, protocol.combine, reach, senders, back_bytes, True))
+
+
+def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
+    """The crossings of one MoE layer, compiled; None, None without any."""
+    made = [compile_exchange(c.protocol, c.phase, c.reach, site.network, site.gpus_R, c.senders_Rd, c.token_bytes,
+                             backwards=c.backwards) for c in crossings(site)]
+    return (made[0], made[1]) if made else (None, None)
 
 
 def reach_of(site: Site) -> Reach:

@@ -64,7 +64,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
     Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False,
-           comm_nvlink="symm", comm_prefill="nccl", comm_decode="nccl",
+           comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, mla_prefill="kernel",
            note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,

@@ -15,13 +15,13 @@ from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
 from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
 from twin.cost.defaults import default_efficiency
 from twin.cost.engines import engine_of
+from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network
-from twin.cost.profile import GpuPeaks, ProfileStore
 from twin.cost.stack import Stack, Streams
-from twin.spec.cluster import ClusterSpec, GpuSpec
+from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
@@ -33,13 +33,13 @@ _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; t
 
 class CostModel:
     """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group; `profile` is what
-    was measured (an Interpolator shared by many models keeps its curves), None leaves everything to the roofline.
+    was measured (Evidence shared by many models keeps its curves), None leaves everything to the roofline.
 
     Raises SpecError for a group or protocol that does not exist; `memory()` raises Infeasible when the pool does not fit.
     """
 
     def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
-                 profile: Interpolator | ProfileStore | None = None, seed: int = 0, network: Network | None = None,
+                 profile: Evidence | Interpolator | None = None, seed: int = 0, network: Network | None = None,
                  first_gpu: int = 0) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
         self.network = network or Network(cluster)
@@ -56,17 +56,12 @@ class CostModel:
         shares = placement = None
         if model.moe is not None:
             shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
+        interpolator = profile.interpolator(group.gpu, cluster.network, plan) if isinstance(profile, Evidence) else profile
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
-                         protocol, shares, placement, self._interpolator(profile, group.gpu))
+                         protocol, shares, placement, interpolator)
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
         self._graph_sizes = np.array(engine.graph_sizes, dtype=float)
         self._memory: Memory | None = None
-
-    def _interpolator(self, profile: Interpolator | ProfileStore | None, gpu: GpuSpec) -> Interpolator | None:
-        if not isinstance(profile, ProfileStore) or gpu.kind == "cpu":
-            return profile if isinstance(profile, Interpolator) else None
-        peaks = GpuPeaks.of(gpu, self.cluster.network)
-        return Interpolator(profile, gpu.name, self.plan.engine, self.plan.engine_version, peaks)
 
     # --- compiled stacks, built when first asked for
     @cached_property
