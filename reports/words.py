@@ -39,7 +39,10 @@ def percent(share: float | None) -> str:
 
 
 def signed_percent(share: float | None) -> str:
-    return DASH if share is None else f"{100 * share:+.1f}%"
+    """A signed error; what rounds to nothing has no sign."""
+    if share is None:
+        return DASH
+    return "0.0%" if abs(share) < 0.0005 else f"{100 * share:+.1f}%"
 
 
 def usd(value: float | None) -> str:

@@ -137,10 +137,7 @@ def _gantt(id_: str, title: str, spans: list[Span]) -> Figure:
                 orientation="h",
                 name=label(kind or "span"),
                 width=0.72,
-                marker={
-                    "color": COLOURS.get(kind, SHADES[index % len(SHADES)]),
-                    "line": {"width": 0.4, "color": "rgba(255,255,255,0.7)"},
-                },
+                marker={"color": COLOURS.get(kind, SHADES[index % len(SHADES)]), "line": _edge(kind)},
                 hovertext=[
                     f"{label(s.name)}<br>{label(s.row)}<br>{text_of(s.start_s, 's')} + {text_of(s.length_s, 's')}"
                     for s in members
@@ -170,6 +167,11 @@ def _gantt(id_: str, title: str, spans: list[Span]) -> Figure:
     if len(spans) > len(shown) or len(rows) > len(kept):
         words += f" The trace has {plural(len(spans), 'span')}; the middle of the run is drawn."
     return Figure(id_, drawn, words, title=title, height_px=120 + (30 if len(kept) <= 16 else 20) * len(kept))
+
+
+def _edge(kind: str) -> dict[str, Any]:
+    """Transfers are so short that their outline is what one sees."""
+    return {"width": 1, "color": COLOURS[kind]} if kind == "KV transfer" else {"width": 0.4, "color": "rgba(255,255,255,0.7)"}
 
 
 def _natural(row: str) -> list[tuple[int, int, str]]:

@@ -29,7 +29,8 @@ def section(story: Story) -> Section:
     comparison, path = run.comparison, run.file("comparison.json")
     shown = comparison.metrics[:MAX_METRICS]
     blocks: list[Block] = [Text((_verdict(comparison),), _tone(comparison))]
-    dots = [m for m in shown if m.error is not None]
+    known = [m for m in shown if m.error is not None]
+    dots = [m for m in known if "/" not in m.name] or known
     if dots:
         blocks.append(_dots(dots, comparison.band))
     blocks.append(_table(shown, path))
@@ -40,16 +41,30 @@ def section(story: Story) -> Section:
     )
 
 
+WORDS = {
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "itl_s": "ITL",
+    "e2e_s": "E2E",
+    "step_s": "step",
+    "kv_usage": "KV in use",
+    "batch_seqs": "sequences a step",
+    "batch_tokens": "tokens a step",
+    "output_tok_per_s": "output tok/s",
+    "requests_per_s": "requests/s",
+    "tok_per_s_per_user": "tok/s/user",
+    "goodput_per_s": "goodput/s",
+}
+
+
 def metric_words(name: str) -> str:
-    """The field's own words for a metric's name: "ttft_s_p50" is TTFT p50."""
-    for field, words in (("ttft_s_", "TTFT "), ("tpot_s_", "TPOT "), ("itl_s_", "ITL "), ("e2e_s_", "E2E ")):
-        if name.startswith(field):
-            return words + name.removeprefix(field)
-    return (
-        name.replace("_per_s", "/s").replace("_", " ")
-        if name.isascii() and name.replace("_", "").replace("/", "").isalnum()
-        else name
-    )
+    """The field's own words for a metric: "ttft_s_p50" is TTFT p50, "decode/step_s_mean" is decode: step mean."""
+    pool, slash, metric = name.rpartition("/")
+    words = WORDS.get(metric)
+    if words is None:
+        stem, _, statistic = metric.rpartition("_")
+        words = f"{WORDS[stem]} {statistic}" if stem in WORDS else metric
+    return f"{pool}: {words}" if slash else words
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -20,6 +20,7 @@ def section(story: Story) -> Section:
     blocks += [_question(story)] if story.scenario else []
     if plan is not None:
         blocks.append(Text((clip(f"The plan: {plan_sentence(plan)}.", NAME_CHARS),)))
+    blocks += _capacity(story)
     verdicts = [v for run in story.results for v in _verdict(run, story)]
     blocks += [Text((text,), tone) for text, tone in verdicts]
     tiles = _tiles(story)
@@ -28,6 +29,22 @@ def section(story: Story) -> Section:
     if plan is not None:
         blocks.append(_plan_table(plan))
     return Section("verdict", "Verdict", tuple(blocks), absent="no plan, search or result in this directory")
+
+
+def _capacity(story: Story) -> list[Text]:
+    """The most load that the search found the chosen plan to carry; the numbers below are at the load that was asked for."""
+    run = story.searched
+    best = run.search.best if run is not None and run.search is not None else None
+    load = None if best is None else best.metrics.get("capacity_load")
+    if best is None or load is None:
+        return []
+    kind = story.scenario.workload.arrivals.kind if story.scenario is not None else ""
+    unit = {"closed_loop": " users", "trace": " times the trace"}.get(kind, " requests/s")
+    words = f"The search predicts that it carries up to {number(load)}{unit} within the objectives"
+    per_gpu, price = best.metrics.get("capacity_tok_per_s_per_gpu"), best.metrics.get("capacity_usd_per_million_output_tokens")
+    words += f", {number(per_gpu)} output tok/s/GPU" if per_gpu is not None else ""
+    words += f" at {text_of(price, '$')} per million output tokens" if price is not None else ""
+    return [Text((f"{words}. The numbers below are at the load that was asked for.",))]
 
 
 def slo_of(story: Story) -> Slo:
@@ -112,14 +129,8 @@ def _verdict(run: Run, story: Story) -> list[tuple[str, Tone]]:
         else:
             said.append((f"{who}: meets its objectives: {'; '.join(words for words, _ in checks)}.", "good"))
     if result.steady.verdict != "steady":
-        said.append(
-            (
-                clip(
-                    f"{who}: the counted window is {result.steady.verdict}, so its averages may not last. {result.steady.reason}"
-                ),
-                "warn",
-            )
-        )
+        why = f" ({result.steady.reason})" if result.steady.reason else ""
+        said.append((clip(f"{who}: the counted window is {result.steady.verdict}{why}, so its averages may not last."), "warn"))
     lost = result.counts.rejected + result.counts.failed
     if lost:
         said.append(
@@ -194,7 +205,7 @@ def _tiles(story: Story) -> list[Tile]:
     ]
     tiles += [judged("ttft", q, slo.ttft_s) for q in quantiles] + [judged("tpot", q, slo.tpot_s) for q in quantiles]
     tiles += [
-        across("goodput", "req/s", "throughput.goodput_per_s", note="requests within the objectives"),
+        across("goodput /s", "", "throughput.goodput_per_s", note="requests in time"),
         across("$ / 1M tokens", "$", "cost.usd_per_million_output_tokens", note="output tokens"),
     ]
     return [tile for tile in tiles if any(c.text != DASH for c in tile.cells)]

@@ -20,6 +20,8 @@ from report_sample import write_sample
 
 import reports
 from reports.render import MAX_BYTES, render
+from reports.sections.truth import metric_words
+from reports.words import number, signed_percent, text_of
 from twin.spec.errors import SpecError
 from twin.spec.results import RunResult
 from twin.spec.rundir import dump_json, write_run
@@ -296,3 +298,41 @@ def luminance(colour: str) -> float:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ttft_s_p50", "TTFT p50"),
+        ("decode/step_s_mean", "decode: step mean"),
+        ("requests_per_s", "requests/s"),
+        ("decode 2/kv_usage_max", "decode 2: KV in use max"),
+        ("own_thing", "own_thing"),
+    ],
+)
+def test_metrics_are_named_in_the_field_s_words(name: str, words: str) -> None:
+    assert metric_words(name) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0183, "s", "18.3 ms"),
+        (2300.5, "", "2,300"),
+        (0.4, "%", "40.0%"),
+        (2.345, "$", "$2.35"),
+        (0.0123, "$", "$0.0123"),
+        (None, "s", "–"),
+        (18.4e9, "bytes", "17.1 GiB"),
+        (12, "", "12"),
+        (0.0, "", "0"),
+        (3.0, "", "3"),
+        (1e300, "", number(1e300)),
+    ],
+)
+def test_numbers_in_words(value: float | None, unit: str, text: str) -> None:
+    assert text_of(value, unit) == text
+
+
+def test_errors_that_round_to_nothing_have_no_sign() -> None:
+    assert [signed_percent(e) for e in (-0.0001, 0.0, 0.123, -0.2, None)] == ["0.0%", "0.0%", "+12.3%", "-20.0%", "–"]
