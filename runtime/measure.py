@@ -214,7 +214,8 @@ def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], st
             parts = {PARTS.get(name, name): round(seconds * 1e6, 1) for name, seconds in rank["parts"].items() if name in PARTS}
             name = f"{rank['decode_seqs']} decode + {rank['prefill_tokens']} prompt tokens"
             events.append({"name": name, "ph": "X", "cat": "step", "pid": base[step.pool, step.instance], "tid": rank["dp_rank"],
-                           "ts": _us(rank["start"] - start), "dur": _us(rank["end"] - rank["start"]), "args": {**parts, "unit": "us"}})
+                           "ts": _us(rank["start"] - start), "dur": _us(rank["end"] - rank["start"]),
+                           "args": {**parts, "unit": "us"}})
     for flight in sent:
         if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
             here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}

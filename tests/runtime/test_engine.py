@@ -25,7 +25,8 @@ from twin.spec.plan import Plan, PoolPlan
 
 POOL = {"block_tokens": 4, "kv_blocks": 64, "max_num_seqs": 4, "max_batch_tokens": 16, "chunk_tokens": 8}
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS)
-SAMPLED = [SamplingParams(max_tokens=12, temperature=1.0, seed=5), SamplingParams(max_tokens=12, temperature=0.7, top_k=20, seed=6),
+SAMPLED = [SamplingParams(max_tokens=12, temperature=1.0, seed=5),
+           SamplingParams(max_tokens=12, temperature=0.7, top_k=20, seed=6),
            SamplingParams(max_tokens=12, temperature=1.3, top_p=0.8, seed=7),
            SamplingParams(max_tokens=12, temperature=1.5, min_p=0.2, seed=8)]
 
@@ -207,7 +208,8 @@ from runtime.options import EngineOptions
 from twin.spec.load import load_model
 from twin.spec.plan import Plan, PoolPlan
 async def main():
-    frontend = Frontend(Plan(pools=(PoolPlan(role="mixed", kv_blocks=8, block_tokens=4, max_num_seqs=2),)), load_model(sys.argv[1]))
+    plan = Plan(pools=(PoolPlan(role="mixed", kv_blocks=8, block_tokens=4, max_num_seqs=2),))
+    frontend = Frontend(plan, load_model(sys.argv[1]))
     await frontend.start()
     print(*frontend.rank_pids(), flush=True)
     await asyncio.sleep(60)

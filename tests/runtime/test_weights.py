@@ -43,7 +43,8 @@ def _retype(t: Tensors) -> None:
     (_reshape, r"q_proj\.weight: tensor has shape \[3, 64\] \(expected \[128, 64\]\)"),
     (_retype, r"model\.norm\.weight: tensor is stored as I64"),
 ])
-def test_wrong_tensors_are_named(checkpoints: Checkpoints, tmp_path: Path, spoil: Callable[[Tensors], None], message: str) -> None:
+def test_wrong_tensors_are_named(checkpoints: Checkpoints, tmp_path: Path, spoil: Callable[[Tensors], None],
+                                 message: str) -> None:
     made = checkpoints["qwen3_moe"]
     tensors = load_file(made.folder / "model.safetensors")
     spoil(tensors)
