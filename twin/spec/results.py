@@ -88,9 +88,9 @@ class Throughput(Spec):
     output_tok_per_s: float
     output_tok_per_s_per_gpu: float
     total_tok_per_s_per_gpu: float
-    tok_per_s_per_user: float | None
-    goodput_per_s: float | None
-    slo_attainment: float | None
+    tok_per_s_per_user: float | None = None
+    goodput_per_s: float | None = None
+    slo_attainment: float | None = None
 
 
 class Counts(Spec):
@@ -239,9 +239,9 @@ class ComparedMetric(Spec):
 
     name: str
     unit: str
-    predicted: float | None
-    measured: float | None
-    error: float | None
+    predicted: float | None = None
+    measured: float | None = None
+    error: float | None = None
     low: float | None = None
     high: float | None = None
     inside: bool | None = None
@@ -253,8 +253,8 @@ class Comparison(Spec):
     schema_version: Literal[1] = 1
     name: str
     metrics: tuple[ComparedMetric, ...]
-    median_abs_error: float | None
-    max_abs_error: float | None
+    median_abs_error: float | None = None
+    max_abs_error: float | None = None
     band: float | None = None
     within_band: bool | None = None
     predicted: Provenance | None = None
@@ -285,7 +285,7 @@ class SearchResult(Spec):
     considered: int
     pruned: dict[str, int]
     candidates: tuple[Candidate, ...]
-    best: Candidate | None
+    best: Candidate | None = None
     explanation: tuple[str, ...] = ()
     seconds: float | None = None
     provenance: Provenance | None = None
