@@ -110,15 +110,19 @@ def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Ne
     if backwards:
         load = load[_reverse(network)]
     forwards = len(legs) > 1 and bool(load[~network.nvlink_links].any())
-    cap = phase.forward_cap if forwards else phase.nvlink_cap
-    nvlink_rate = np.minimum(network.capacity * phase.nvlink, cap)
-    rate = np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
+    rate = link_rates(phase, network, forwards=forwards)
     skew = np.where(network.nvlink_links | (len(legs) == 1), reach.skew, reach.skew_rail)
     seconds = load * token_bytes * (skew / rate)[:, None]
     remote = bool(load[~network.nvlink_links].any())
     latency_s = network.route_latency_s(busy, gpus)
     fixed_s = (phase.base_s + latency_s + (phase.remote_s if remote else 0.0)) if load.any() else 0.0
     return Exchange(_largest(seconds[network.nvlink_links]), _largest(seconds[~network.nvlink_links]), fixed_s, protocol.source)
+
+
+def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
+    """Bytes/s that a phase gets out of each link: `forwards` when what comes over the NIC goes on over NVLink."""
+    nvlink_rate = np.minimum(network.capacity * phase.nvlink, phase.forward_cap if forwards else phase.nvlink_cap)
+    return np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
 
 
 def _reverse(network: Network) -> Ints:

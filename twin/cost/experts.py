@@ -21,6 +21,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import PoolPlan, Precision
 
 _TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
+_COARSE: Array = _TOKENS[::2]  # where layers differ, each costs its own row
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,17 @@ def expert_work(model: ModelSpec, placement: Placement, popularity_LE: Array) ->
     share_LS = slot_shares(popularity_LE, placement)
     share_LR = slots_to_ranks(share_LS, placement)
     ranks = placement.num_ranks
-    tokens = _TOKENS[:, None, None]
+    grid = _TOKENS if len(share_LS) == 1 else _COARSE
+    tokens = grid[:, None, None]
     mean = tokens * moe.top_k * share_LR  # [g, L, R]
     variance = load_variance(moe, tokens, share_LR)
     largest = expected_max(mean.reshape(-1, ranks), variance.reshape(-1, ranks)).reshape(mean.shape[:2])
-    largest = np.clip(largest, mean.max(axis=2), _TOKENS[:, None] * moe.top_k)
+    largest = np.clip(largest, mean.max(axis=2), grid[:, None] * moe.top_k)
     pairs_max = largest.mean(axis=1)
     idle_LS = np.log1p(-np.minimum(moe.top_k * share_LS, 1 - 1e-12))
-    hit = -np.expm1(tokens * idle_LS).reshape(len(_TOKENS), len(share_LS), ranks, -1).sum(axis=3)
+    hit = -np.expm1(tokens * idle_LS).reshape(len(grid), len(share_LS), ranks, -1).sum(axis=3)
     hit = hit.max(axis=2).mean(axis=1)
-    return ExpertWork(_TOKENS, pairs_max, _TOKENS * moe.top_k / ranks, np.maximum(hit, 1e-9))
+    return ExpertWork(grid, pairs_max, grid * moe.top_k / ranks, np.maximum(hit, 1e-9))
 
 
 @dataclass(frozen=True)
