@@ -31,7 +31,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=8.0, show_default=True,
                      help="Seconds that a rank waits for another before it counts as lost."),
         click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; default: fp32 on cpu, bf16 on cuda."),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where ranks compute."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+                     help="Where ranks compute."),
         click.option("--checkpoint", type=folder, help="Folder of safetensors; default: random weights of the model."),
     ):  # fmt: skip
         command = option(command)

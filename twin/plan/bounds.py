@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from twin.cost.batch import StepBatch
-from twin.cost.model import CostModel
+from twin.cost.choose import Costs, pool_costs
 from twin.policy.arrivals import sample_requests
 from twin.spec.errors import Infeasible
 from twin.spec.plan import Plan, PoolPlan
@@ -39,18 +39,15 @@ class Bounds:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.isl, self.osl = mean_lengths(scenario)
-        self._models: dict[PoolPlan, CostModel] = {}
+        self._models: dict[PoolPlan, Costs] = {}
         self._memory: dict[PoolPlan, Memory | Infeasible] = {}
         self._capacity: dict[PoolPlan, tuple[float, float, float, str]] = {}
 
-    def cost_model(self, plan: Plan, pool: PoolPlan) -> CostModel:
+    def cost_model(self, plan: Plan, pool: PoolPlan) -> Costs:
         """One cost model for each different pool; how many instances there are does not change its steps."""
         key = pool.model_copy(update={"instances": 1})
         if key not in self._models:
-            scenario = self.scenario
-            self._models[key] = CostModel(
-                scenario.model, scenario.cluster, plan, key, routing=scenario.routing, seed=scenario.seed
-            )
+            self._models[key] = pool_costs(self.scenario, plan, key, seed=self.scenario.seed)
         return self._models[key]
 
     def memory(self, plan: Plan, pool: PoolPlan) -> Memory:
@@ -98,7 +95,7 @@ class Bounds:
             total += seqs * pool.dp * pool.instances
         return total
 
-    def _mixed_step_s(self, pool: PoolPlan, cost: CostModel, seqs: int) -> float:
+    def _mixed_step_s(self, pool: PoolPlan, cost: Costs, seqs: int) -> float:
         """A step that decodes `seqs` sequences on every rank, in a mixed pool with the prompts that arrive meanwhile."""
         prompt_tokens = min(seqs * self.isl / self.osl, pool.max_batch_tokens) if pool.role == "mixed" else 0.0
         context = self.isl + self.osl / 2
@@ -114,14 +111,14 @@ class Bounds:
                 self._capacity[key] = self._decode(pool, cost, mixed=pool.role == "mixed")
         return self._capacity[key]
 
-    def _prefill(self, pool: PoolPlan, cost: CostModel) -> tuple[float, float, float, str]:
+    def _prefill(self, pool: PoolPlan, cost: Costs) -> tuple[float, float, float, str]:
         alone_s = self._prompt_s(pool, cost)
         self._check_ttft(alone_s)
         tokens = float(min(pool.max_batch_tokens, max(cost.kv_blocks_per_rank * pool.block_tokens, 1)))
         step_s = cost.step_s(batch(pool, prefill_tokens=tokens, prompt=self.isl))
         return pool.dp * tokens / self.isl / step_s, 0.0, alone_s, f"{tokens:.0f} prompt tokens a step take {step_s * 1e3:.1f} ms"
 
-    def _prompt_s(self, pool: PoolPlan, cost: CostModel) -> float:
+    def _prompt_s(self, pool: PoolPlan, cost: Costs) -> float:
         """Seconds to prefill one mean prompt in chunks on an idle instance."""
         chunk = min(pool.chunk_tokens or pool.max_batch_tokens, pool.max_batch_tokens)
         total, done = 0.0, 0.0
@@ -131,7 +128,7 @@ class Bounds:
             done += tokens
         return total
 
-    def _decode(self, pool: PoolPlan, cost: CostModel, *, mixed: bool) -> tuple[float, float, float, str]:
+    def _decode(self, pool: PoolPlan, cost: Costs, *, mixed: bool) -> tuple[float, float, float, str]:
         slo = self.scenario.workload.slo
         kv_tokens = cost.kv_blocks_per_rank * pool.block_tokens
         fits = int(kv_tokens // (self.isl + self.osl))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from twin.cost.model import CostModel
+from twin.cost.choose import pool_costs
 from twin.cost.network import Network
 from twin.policy.arrivals import named_stream
 from twin.sim.assumptions import assumptions, warnings
@@ -73,8 +73,7 @@ def make_costs(scenario: Scenario, plan: Plan) -> list[PoolCosts]:
     models: list[PoolCosts] = []
     for pool, sites in zip(plan.pools, lay_out(plan, scenario.cluster), strict=True):
         first = sites[0][0] - _group_start(scenario.cluster, pool.node_group)
-        models.append(CostModel(scenario.model, scenario.cluster, plan, pool, routing=scenario.routing, seed=seed,
-                                network=network, first_gpu=first))
+        models.append(pool_costs(scenario, plan, pool, network=network, first_gpu=first, seed=seed))
     return models
 
 
