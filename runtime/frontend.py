@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import deque
@@ -61,6 +62,8 @@ class Frontend:
         self._submitted = self._finished = 0
         self._started = asyncio.Event()
         self._quiet = asyncio.Event()
+        self._farewells: set[int] = set()
+        self._all_left = asyncio.Event()
         self._draining = False
         self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -110,6 +113,9 @@ class Frontend:
         self._flights.clear()
         for rank in self._writers:
             self._send(rank, {"op": "stop"})
+        if self._writers and self.failure is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_left.wait(), grace_s)
         await asyncio.to_thread(self._processes.end, 0.0 if self.failure else grace_s)
         for task in self._tasks:
             task.cancel()
@@ -245,6 +251,10 @@ class Frontend:
             self._watch.report(rank, message)
         elif event == "totals":
             self.totals[rank] = message
+        elif event == "bye":
+            self._farewells.add(rank)
+            if self._farewells >= self._writers.keys():
+                self._all_left.set()
         elif (flight := self._flights.get(message.get("id", -1))) is not None:
             self._hear_flight(flight, message)
 

@@ -1,4 +1,9 @@
-"""Rank processes: started with everything on loopback, watched, and ended by their process ids."""
+"""Rank processes: started with everything on loopback, watched, and ended by their process ids.
+
+Ranks may also be started by torchrun, once the front end has written its briefing into `options.external`:
+
+    torchrun --nproc-per-node N --master-addr 127.0.0.1 -m runtime.worker FOLDER/briefing.json
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,17 @@ _LOG_TAIL = 600
 
 
 class RankProcesses:
-    """The ranks of one engine. The private folder holds the briefing, the control socket, the board and their logs."""
+    """The ranks of one engine. The private folder holds the briefing, the control socket, the board and their logs.
+
+    External ranks are not children: what is known of them is what they say, their heart beats, and their process ids.
+    """
 
     def __init__(self, plan: Plan, model: ModelSpec, options: EngineOptions) -> None:
         self.world = plan.gpus
+        self._external = options.external is not None
         self._folder = tempfile.TemporaryDirectory(prefix="eptwin-")
-        self.folder = Path(self._folder.name)
+        self.folder = Path(options.external or self._folder.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.control_path = self.folder / "control"
         self.board = Board(self.folder / "board", self.world, create=True)
         self._briefing = Briefing(model, plan, options, self.control_path, self.folder / "board")
@@ -40,6 +50,8 @@ class RankProcesses:
         """Start every rank; returns at once."""
         briefing = self.folder / "briefing.json"
         self._briefing.write(briefing)
+        if self._external:
+            return
         env = {**os.environ, "WORLD_SIZE": str(self.world), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
                "OMP_NUM_THREADS": str(self._briefing.options.threads_for(self.world)), "GLOO_SOCKET_IFNAME": _loopback()}
         if self.world > 1:
@@ -75,6 +87,9 @@ class RankProcesses:
         for log in self._logs:
             log.close()
         self.board.close()
+        if self._external:
+            for name in ("briefing.json", "control", "board"):
+                (self.folder / name).unlink(missing_ok=True)
         self._store = None
         self._folder.cleanup()
 

@@ -99,7 +99,12 @@ def check(plan: Plan, model: ModelSpec) -> None:
     """Raise SpecError naming every size that does not divide, with the sizes that would."""
     problems = _unsupported(model)
     for index, pool in enumerate(plan.pools):
-        problems += _cuts(pool, model, f"pools.{index}")
+        at = f"pools.{index}"
+        problems += _cuts(pool, model, at)
+        problems += [Problem(f"{name} cannot be run yet", field=f"{at}.{field}", expected=off)
+                     for asked, name, field, off in ((pool.tbo, "two-batch overlap", "tbo", "false"),
+                                                     (pool.mtp_draft_tokens, "speculative decoding", "mtp_draft_tokens", "0"))
+                     if asked]
     if problems:
         raise SpecError(problems)
 

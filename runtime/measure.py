@@ -76,8 +76,15 @@ def measure(frontend: Frontend, workload: WorkloadSpec, sent: Sequence[Flight], 
         latencies=summary.latencies, throughput=summary.throughput, counts=summary.counts, steady=summary.steady, pools=pools,
         cost=summary.cost, series=_series(records, steps, frontend), source="measured",
         assumptions=(f"prompts are random tokens; sampling is greedy; output lengths are fixed; {frontend.options.dtype} on "
-                     f"{frontend.options.device}",))
+                     f"{frontend.options.device}",), warnings=_warnings(frontend))
     return Run(result, records, _trace(frontend, steps, sent, start, base), steps)
+
+
+def _warnings(frontend: Frontend) -> tuple[str, ...]:
+    """Where the run was not what the plan says."""
+    runs, asks = frontend.options.dtype, frontend.plan.precision
+    other = sorted({f for f in (asks.weights, asks.experts, asks.kv, asks.dispatch) if f != runs})
+    return (f"the plan asks for {', '.join(other)}; the ranks computed, stored and sent {runs}",) if other else ()
 
 
 def group_steps(records: Iterable[Record], start: float) -> list[Step]:

@@ -11,6 +11,7 @@ from typing import Literal
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
+from twin.spec.rundir import write_text
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class EngineOptions:
 
     `timeout_s` is how long a rank waits for another before it counts as lost. `threads` are torch threads a rank (None:
     the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
+    `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
     """
 
     checkpoint: str | None = None
@@ -31,6 +33,7 @@ class EngineOptions:
     threads: int | None = None
     max_context: int | None = None
     record: bool = False
+    external: str | None = None
 
     def __post_init__(self) -> None:
         if self.device == "cpu" and self.backend != "torch":
@@ -55,7 +58,7 @@ class Briefing:
     def write(self, path: Path) -> None:
         fields = {"model": self.model.model_dump(mode="json"), "plan": self.plan.model_dump(mode="json"),
                   "options": asdict(self.options), "control": str(self.control), "board": str(self.board)}
-        path.write_text(json.dumps(fields), encoding="utf-8")
+        write_text(path, json.dumps(fields))  # whole at once: external ranks may be waiting for it
 
     @classmethod
     def read(cls, path: Path) -> Briefing:

@@ -51,14 +51,16 @@ def _serve(briefing: Briefing, rank: int, world: int, control: Control, clock: C
     options = briefing.options
     torch.set_num_threads(options.threads_for(world))
     torch.set_grad_enabled(False)
-    if world > 1:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world,
-                              is_master=False, timeout=timedelta(seconds=options.start_timeout_s))
-        guarded(lambda: dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
-                                                timeout=timedelta(seconds=options.start_timeout_s)))
+    patience = timedelta(seconds=options.start_timeout_s)
+    if world > 1 and options.external is not None:
+        guarded(lambda: dist.init_process_group("gloo", timeout=patience))  # the environment says where to meet
+    elif world > 1:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False,
+                              timeout=patience)
+        guarded(lambda: dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience))
     built = build_rank(briefing.model, briefing.plan, options, rank, clock.mark)
     if world > 1:
-        guarded(lambda: dist.monitored_barrier(timeout=timedelta(seconds=options.start_timeout_s)))
+        guarded(lambda: dist.monitored_barrier(timeout=patience))
     control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes, "max_context": built.max_context,
                   "dense_bytes": built.dense_bytes, "expert_bytes": built.expert_bytes})
     StepLoop(built, control, clock, record=options.record).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,7 +143,7 @@ async def killed(frontend: Frontend, made: Checkpoint, rank: int) -> None:
 def test_mixed_pool_in_lockstep(checkpoints: Checkpoints) -> None:
     """DP 2 with too few blocks for all: pre-empted requests resume from their tokens; a stopped rank is named."""
     made = checkpoints["qwen3_moe"]
-    plan = plan_of({"role": "mixed", "dp": 2, "ep": 2, "kv_blocks": 16})
+    plan = plan_of({"role": "mixed", "dp": 2, "ep": 2, "kv_blocks": 16, "prefix_cache": True})
     draws = drawn_alone(made)
 
     async def work(frontend: Frontend) -> None:
@@ -199,6 +200,35 @@ def test_a_checkpoint_that_lacks_a_tensor_is_bad_input(checkpoints: Checkpoints,
 
     frontend = asyncio.run(run())
     assert not any(alive(pid) for pid in frontend.rank_pids())
+
+
+def test_ranks_under_torchrun(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Somebody else starts the ranks; the front end is the same."""
+    made = checkpoints["deepseek_v3"]
+    plan = plan_of({"role": "mixed", "tp": 2, "ep": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", str(_free_port()), "-m", "runtime.worker", str(tmp_path / "briefing.json")]
+
+    async def run() -> None:
+        frontend = Frontend(plan, made.model, EngineOptions(checkpoint=str(made.folder), external=str(tmp_path)))
+        starting = asyncio.create_task(frontend.start())
+        while not (tmp_path / "briefing.json").exists():
+            await asyncio.sleep(0.01)
+        ranks = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL,
+                                                     env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
+        await starting
+        assert await tokens_of(frontend, made.prompts[0], GREEDY) == made.tokens[0]
+        await frontend.stop()
+        assert await asyncio.wait_for(ranks.wait(), 20) == 0
+
+    asyncio.run(run())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 ORPHAN = """
