@@ -18,7 +18,7 @@ from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Phase, Protocol
 from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of
-from twin.cost.routing import place, popularity, slot_shares, touch_probability
+from twin.cost.routing import place, popularity, slot_shares, touch_probability, typical_max
 from twin.cost.stack import Stack
 from twin.policy.placement import Placement, linear, slots_to_ranks
 from twin.spec.cluster import GpuSpec
@@ -121,7 +121,8 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile)
-    return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts, site.pool.dp)
+    return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
+                 site.engine.late_s * typical_max(site.pool.world), site.pool.dp)
 
 
 def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:

@@ -16,7 +16,7 @@ _GPU: dict[str, Efficiency] = {
     "experts": Efficiency(0.55, 0.75),
     "gate": Efficiency(0.40, 0.60),
     "attention_decode": Efficiency(0.50, 0.85),
-    "mla_decode": Efficiency(0.60, 0.85),
+    "mla_decode": Efficiency(0.67, 0.85),
     "attention_prefill": Efficiency(0.55, 0.80),
     "mla_prefill": Efficiency(0.55, 0.80),
     "indexer": Efficiency(0.40, 0.70),

@@ -25,7 +25,8 @@ class Engine:
     reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
     (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
     shared_overlap: shared experts run beside the all-to-all; tbo_compute_slowdown: how much longer kernels take while
-    the other half batch communicates (memory and cache are shared); mla_prefill: which rows of a profile describe its
+    the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
+    arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
     latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with).
     """
 
@@ -45,6 +46,7 @@ class Engine:
     comm_prefill: CommBackend
     comm_decode: CommBackend
     tbo_compute_slowdown: float
+    late_s: float
     mla_prefill: Literal["kernel", "module"]
     source: Source = "assumed"
     note: str = ""
@@ -65,25 +67,26 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
-           tbo_compute_slowdown=1.1, mla_prefill="kernel",
+           tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel",
            note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False,
            comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_compute_slowdown=1.05, mla_prefill="module",
+           tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="module",
            note="default all-to-all is ag_rs; ep_reserved_bytes from its published free KV memory on H200"),
     Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6, helper_launches=5,
            graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
            activation_factor=24.0, shared_overlap=False,
            comm_nvlink="deepep_normal", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_compute_slowdown=1.05, mla_prefill="module",
-           note="overlap scheduler; slowdowns from the published layer times with and without TBO on 96 H100"),
+           tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="module",
+           note="overlap scheduler; late_s and slowdown from layer times on 96 H100: exchanges take 0.13 ms "
+                "a layer longer than alone"),
     Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6, helper_launches=4,
            graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
            activation_factor=24.0, shared_overlap=True,
            comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
-           tbo_compute_slowdown=1.05, mla_prefill="kernel",
+           tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="kernel",
            note="overlap scheduler; one-sided NVLink all-to-all"),
 )}
 

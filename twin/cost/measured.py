@@ -119,11 +119,8 @@ class Surface:
         if not seqs.any():
             return np.zeros(seqs.shape)
         each = _read_two(self.log_s, seqs, x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
-        if self.drafts:  # tables have one query a sequence: more of them cost what the roofline says they add
-            one = x.copy()
-            one[..., [INDEX[n] for n in ("decode_tokens", "decode_pairs", "decode_pairs_window", "decode_pairs_sparse")]] /= (
-                1 + self.drafts)
-            each = each * self._bound(x) / np.maximum(self._bound(one), 1e-12)
+        if self.drafts:  # tables have one query a sequence; more of them reuse the keys that were read, and add arithmetic
+            each = each + x @ self.bounds[0] * (self.drafts / (1 + self.drafts) / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (seqs > 0))
 
     def _bound(self, x: Array) -> Array:

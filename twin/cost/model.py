@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
 from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
+from twin.cost.comm import Exchange
 from twin.cost.defaults import default_efficiency
 from twin.cost.engines import engine_of
 from twin.cost.evidence import Evidence
@@ -221,6 +222,11 @@ class CostModel:
         launches = (self._stack.launches(x) + engine.helper_launches * self.model.layers) * (1 + tbo)
         eager_s = np.maximum(launches * engine.eager_launch_s - device_s, 0.0)
         return np.asarray(np.where(covered, 0.0, eager_s))
+
+    @property
+    def exchanges(self) -> tuple[tuple[str, Exchange], ...]:
+        """Dispatch and combine of one MoE layer, named; empty where tokens stay on their rank."""
+        return self._shared.exchanges
 
     # --- memory and transfer
     def memory(self) -> Memory:

@@ -61,7 +61,7 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         "deepep_low_latency", "direct_copies",
         # DeepEP test_low_latency on Hopper + CX7 400G, 8..256 tokens x 7168 top-8: the slope over tokens is 46-48 GB/s on
         # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across.
-        Phase(nvlink=0.70, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=14e-6, remote_s=9e-6),
+        Phase(nvlink=0.70, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=14e-6, remote_s=4e-6),
         Phase(nvlink=0.60, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=10e-6, remote_s=12e-6),
         # with TBO on 72 H100, 256 tokens: 0.175 + 0.193 of about 1.0 ms a layer still shows
         comm_sms=0, beside=1.0, unhidden=0.35, source="calibrated",

@@ -181,6 +181,11 @@ def expected_max(mean_LR: Array, variance_LR: Array, ranks_kept: int = 12) -> Ar
     return _integrate_max(mean, std, 15)
 
 
+def typical_max(count: int) -> float:
+    """Expected largest of `count` standard normal numbers."""
+    return float(expected_max(np.zeros((1, count)), np.ones((1, count)))[0])
+
+
 def _integrate_max(mean: Array, std: Array, points: int) -> Array:
     """E[max] = high - integral of prod F(x) over [low, high], which hold all but 1e-5 of the mass."""
     low = (mean - 4.5 * std).max(axis=1)

@@ -41,6 +41,7 @@ class Stack:
     exchanges: tuple[tuple[str, Exchange], ...]
     moe_layers: int
     launch_counts: Array  # [f] kernels a rank launches
+    wait_s: float  # at each exchange, for ranks that come late
     ranks: int  # DP ranks; a batch of one column stands for all of them alike
 
     def launches(self, x: Array) -> Array:
@@ -65,7 +66,7 @@ class Stack:
             compute = compute + gemm_s + permute_s
         for _, exchange in self.exchanges:
             nvlink_s, rdma_s = exchange.seconds(tokens)
-            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (total > 0))
+            comm = comm + self.moe_layers * (nvlink_s + rdma_s + (exchange.fixed_s + self.wait_s) * (total > 0))
         return Streams(compute, comm)
 
     def shared_s(self, x: Array) -> Array:
@@ -101,6 +102,7 @@ class Stack:
                 found[f"moe/{name}/nvlink"] = self.moe_layers * float(nvlink_s)
                 found[f"moe/{name}/rdma"] = self.moe_layers * float(rdma_s)
                 found[f"moe/{name}/latency"] = self.moe_layers * exchange.fixed_s
+                found[f"moe/{name}/wait"] = self.moe_layers * self.wait_s
         return {key: seconds for key, seconds in found.items() if seconds}
 
     def evidence(self) -> dict[str, Evidence]:
@@ -112,4 +114,5 @@ class Stack:
         pairs += [("moe/permute", plain("roofline"))]
         pairs += [(f"moe/{name}/{part}", plain(exchange.source)) for name, exchange in self.exchanges
                   for part in ("nvlink", "rdma", "latency")]
+        pairs += [(f"moe/{name}/wait", plain("calibrated")) for name, _ in self.exchanges]
         return joined(pairs)

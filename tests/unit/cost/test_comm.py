@@ -83,7 +83,7 @@ def test_expert_tp_multiplies_deliveries(protocol: str) -> None:
     cut = cost_model(R1, "h100-1x8", pool_of(dp=8, ep=4, comm=protocol), precision=FP8)
     seconds = []
     for cost in (whole, cut):
-        exchange = dict(cost._shared.exchanges)["dispatch"]
+        exchange = dict(cost.exchanges)["dispatch"]
         nvlink_s, rdma_s = exchange.seconds(np.full(8, 512.0))
         assert float(rdma_s) == 0.0
         seconds.append(float(nvlink_s))
@@ -95,7 +95,7 @@ def test_the_published_deepep_tables_follow_from_bytes_and_a_few_constants() -> 
     published = {8: (39.8, 72.4), 16: (102.1, 186.2), 32: (143.0, 263.3), 64: (166.8, 304.7)}
     for ranks, measured in published.items():
         cost = cost_model(R1, f"h200-{ranks // 8}x8", pool_of(dp=ranks, ep=ranks, comm="deepep_low_latency"), precision=FP8)
-        for (_, exchange), truth in zip(cost._shared.exchanges, measured, strict=True):
+        for (_, exchange), truth in zip(cost.exchanges, measured, strict=True):
             nvlink_s, rdma_s = exchange.seconds(np.full(ranks, 128.0))
             assert (float(nvlink_s + rdma_s) + exchange.fixed_s) * 1e6 == pytest.approx(truth, rel=0.12)
 
@@ -105,6 +105,6 @@ def test_more_nodes_never_make_an_exchange_faster() -> None:
     for nodes in (1, 2, 4, 8):
         cost = cost_model(R1, load_cluster(f"h200-{nodes}x8"), pool_of(dp=8 * nodes, ep=8 * nodes, comm="deepep_low_latency"),
                           precision=FP8)
-        total = sum(float(sum(e.seconds(np.full(8 * nodes, 64.0)))) + e.fixed_s for _, e in cost._shared.exchanges)
+        total = sum(float(sum(e.seconds(np.full(8 * nodes, 64.0)))) + e.fixed_s for _, e in cost.exchanges)
         assert total > last
         last = total
