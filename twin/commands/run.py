@@ -115,11 +115,14 @@ def execute(
         progress=lambda finished, total: progress("requests", finished, total), command="eptwin run",
     )  # fmt: skip
     progress.close()
+    # Both answer this question: the runtime, which knows no scenario, cannot say so itself.
+    asked = done.result.provenance.model_copy(update={"spec_sha256": answer.result.provenance.spec_sha256})
+    measured = done.result.model_copy(update={"provenance": asked})
     if out is not None:
-        write_run(out, scenario=question, plan=plan, comparison=compare(answer.result, done.result))
+        write_run(out, scenario=question, plan=plan, comparison=compare(answer.result, measured))
         write_run(out / "predicted", result=answer.result, requests=answer.requests, trace=answer.trace)
-        write_run(out / "measured", result=done.result, requests=done.records, trace=done.trace)
-    return answer.result, done.result
+        write_run(out / "measured", result=measured, requests=done.requests, trace=done.trace)
+    return answer.result, measured
 
 
 def engine_options(*, device: str, dtype: str | None, checkpoint: Path | None, timeout_s: float, seed: int = 0) -> Any:
