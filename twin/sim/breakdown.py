@@ -29,6 +29,7 @@ class Breakdown:
     total_s: float = 0.0
     low_s: float = 0.0
     high_s: float = 0.0
+    batches: list[tuple[int, StepBatch]] = field(default_factory=list)  # the sampled steps of an instance
 
     def observe(self, instance: Instance, run: Run) -> None:
         """Sample the steps of a run that are due."""
@@ -37,7 +38,9 @@ class Breakdown:
             stride = stride_at(step)
             step += -step % stride
             if step < run.first + run.steps:
-                self.add(instance.costs.step(batch_at(run, step - run.first)), stride_at(step))
+                batch = batch_at(run, step - run.first)
+                self.batches.append((step, batch))
+                self.add(instance.costs.step(batch), stride_at(step))
             step += 1
 
     def add(self, other: Breakdown | StepCost, weight: float = 1.0) -> None:
@@ -51,6 +54,10 @@ class Breakdown:
         self.total_s += weight * other.total_s
         self.low_s += weight * other.low_s
         self.high_s += weight * other.high_s
+
+    def middle_batch(self, steps: int) -> StepBatch | None:
+        """The sampled batch nearest the middle of `steps` steps; None when there is none."""
+        return min(self.batches, key=lambda pair: abs(2 * pair[0] - steps))[1] if self.batches else None
 
     def mean_parts_s(self) -> dict[str, float]:
         """Mean seconds a step by part, in the order of their names."""

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from twin.cost.choose import pool_costs
+from twin.cost.model import CostModel
 from twin.cost.network import Network
 from twin.policy.arrivals import named_stream
 from twin.sim.assumptions import assumptions, warnings
 from twin.sim.breakdown import Breakdown, together
 from twin.sim.instance import Instance, Run
+from twin.sim.layers import StepView, follow_step
 from twin.sim.outcome import gaps, intervals, pool_result, result_source, series
 from twin.sim.service import PoolCosts, Switches, lay_out
 from twin.sim.timeline import Timeline
@@ -28,11 +30,13 @@ from twin.spec.summarise import counted_window, summarise
 
 @dataclass(frozen=True)
 class SimOutput:
-    """`result` is the prediction, `requests` all requests in order of arrival, `trace` Chrome trace events."""
+    """`result` is the prediction, `requests` all requests in order of arrival, `trace` Chrome trace events, `detail` one
+    step in layer grain when that was asked for and the costs have layers."""
 
     result: RunResult
     requests: list[RequestRecord]
     trace: list[dict[str, Any]]
+    detail: StepView | None = None
 
 
 def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_requests: int | None = None,
@@ -41,7 +45,8 @@ def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_reques
     """Serve the scenario's traffic with `plan` and say what happens.
 
     `cost_models`: one for each pool, made here otherwise. `max_requests` shortens the traffic. `coalesce=False` takes
-    decode steps one at a time: slower, same results. `detail` adds one step's flows to the trace. Raises Infeasible when
+    decode steps one at a time: slower, same results. `detail` follows one step, from the middle of the run of the pool that
+    decodes, layer by layer, and adds it to the trace. Raises Infeasible when
     the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
     """
     costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
@@ -58,7 +63,16 @@ def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_reques
     records = [request.record() for request in world.clients.sent]
     result = _result(scenario, plan, world, records, breakdowns)
     trace = timeline.events(world.service.instances, world.clients.sent) if timeline else []
-    return SimOutput(result, records, trace)
+    view = _detail(world, breakdowns) if detail else None
+    if view is not None:
+        trace += view.trace(pid=len(world.service.instances))
+    return SimOutput(result, records, trace, view)
+
+
+def _detail(world: World, breakdowns: Sequence[Breakdown]) -> StepView | None:
+    instance = world.service.decode.instances[0]
+    batch = breakdowns[instance.number].middle_batch(len(instance.log))
+    return follow_step(instance.costs, batch) if batch is not None and isinstance(instance.costs, CostModel) else None
 
 
 def _tell(observers: Sequence[Callable[[Instance, Run], None]], instance: Instance, run: Run) -> None:
