@@ -222,7 +222,8 @@ def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], st
             name = f"{rank['decode_seqs']} decode + {rank['prefill_tokens']} prompt tokens"
             events.append({"name": name, "ph": "X", "cat": "step", "pid": base[step.pool, step.instance], "tid": rank["dp_rank"],
                            "ts": _us(rank["start"] - start), "dur": _us(rank["end"] - rank["start"]),
-                           "args": {**parts, "unit": "us"}})
+                           "args": {**parts, "unit": "us", "decode_seqs": rank["decode_seqs"],
+                                    "prefill_tokens": rank["prefill_tokens"]}})
     for flight in sent:
         if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
             here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}
