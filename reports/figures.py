@@ -4,7 +4,7 @@ which knows whether it is read in light or dark."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -64,13 +64,31 @@ def family_of(operator: str) -> str:
     return top if top in FAMILY else "other"
 
 
+def group_of(operator: str) -> str:
+    """What an operator belongs to, whatever the detail: "moe/dispatch" for "moe/dispatch/nvlink" and for itself."""
+    return "/".join(operator.split("/")[:2])
+
+
+def in_order(total_s: Mapping[str, float]) -> list[str]:
+    """Operators by family, then group, then own time, so that a coarse and a fine breakdown line up bar under bar."""
+    groups: dict[str, float] = {}
+    for operator, seconds in total_s.items():
+        groups[group_of(operator)] = groups.get(group_of(operator), 0.0) + seconds
+    families = list(FAMILY)
+
+    def place(operator: str) -> tuple[int, float, str, float, str]:
+        group = group_of(operator)
+        return families.index(family_of(operator)), -groups[group], group, -total_s[operator], operator
+
+    return sorted(total_s, key=place)
+
+
 def operator_colours(operators: Sequence[str]) -> dict[str, str]:
-    """Shades of one hue for the operators of one family, in the order given."""
-    used: dict[str, int] = {}
-    colours = {}
+    """Shades of one hue for the groups of one family, in the order given; operators of a group share theirs."""
+    shades: dict[str, dict[str, str]] = {family: {} for family in FAMILY}
     for operator in operators:
-        family = family_of(operator)
-        shades = FAMILY[family]
-        colours[operator] = shades[min(used.get(family, 0), len(shades) - 1)]
-        used[family] = used.get(family, 0) + 1
-    return colours
+        family, group = family_of(operator), group_of(operator)
+        used = shades[family]
+        if group not in used:
+            used[group] = FAMILY[family][min(len(used), len(FAMILY[family]) - 1)]
+    return {operator: shades[family_of(operator)][group_of(operator)] for operator in operators}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from reports.blocks import Block, Cell, Figure, Section, Table
-from reports.figures import DIVERGING, FAMILY, PATTERN, QUIET, family_of, figure, operator_colours
+from reports.figures import DIVERGING, FAMILY, PATTERN, QUIET, figure, in_order, operator_colours
 from reports.load import Run, Story
 from reports.words import cell, clip, label, number, percent, plural, text_of, word
 from twin.spec.results import PoolResult
@@ -103,9 +103,8 @@ def breakdown(story: Story) -> Section:
     for at in every:
         for operator, seconds in at.pool.breakdown_s.items():
             total[operator] = total.get(operator, 0.0) + seconds
-    families = ("attention", "moe", "other")
     largest = sorted(total, key=lambda o: (-total[o], o))[:MAX_OPERATORS]
-    operators = sorted(largest, key=lambda o: (families.index(family_of(o)), -total[o], o))
+    operators = in_order({operator: total[operator] for operator in largest})
     colours = operator_colours(operators)
     blocks: list[Block] = []
     for role in dict.fromkeys(at.pool.role for at in every):
