@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -122,7 +123,7 @@ def provenance(commit: str | None) -> dict[str, object]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit or os.environ.get("GIT_COMMIT", "unknown"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(Path(a).name if a.startswith("/") else a for a in sys.argv),
         "method": time_graph.__doc__,
     }
 

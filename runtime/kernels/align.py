@@ -23,7 +23,8 @@ class Alignment:
 
     `sorted_rows` [P] int32: row numbers; N marks padding. `expert_ids` [P / block_m] int32: the local expert of a block.
     `num_padded` [1] int32: how many of the P entries are used; entries past it are not written.
-    `ends` [E] int32: where each expert's padded share ends.
+    `ends` [E] int32: where each expert's padded share ends. `direct`: block b is row b alone, whose id is expert_ids[b],
+    be it local or not; the other tensors say nothing.
     """
 
     sorted_rows: torch.Tensor
@@ -31,6 +32,13 @@ class Alignment:
     num_padded: torch.Tensor
     ends: torch.Tensor
     block_m: int
+    direct: bool = False
+
+
+def align_rows_alone(topk_ids_TK: torch.Tensor, block_m: int) -> Alignment:
+    """A block a row, which needs no launch: for so few rows that they seldom meet at an expert."""
+    ids = topk_ids_TK.flatten()
+    return Alignment(ids, ids, ids, ids, block_m, direct=True)
 
 
 def align(

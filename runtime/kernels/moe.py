@@ -13,10 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.align import Alignment, align
+from runtime.kernels.align import Alignment, align, align_rows_alone
 from runtime.kernels.fused import FP8, quant_fp8_rows, to_half
 
 ACTIVATIONS = {"silu_mul": 0, "swiglu_clamped": 1}
+
+
+_ROWS_ALONE = 16
+"""Up to so many rows, sorting them would cost more than the weights that two rows of one expert might share."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,10 @@ def fused_moe(
     experts, hidden = w2_EHI.shape[0], w2_EHI.shape[1]
     assert x_TH.is_contiguous() and w13_E2IH.is_contiguous() and w2_EHI.is_contiguous()
     tiles = tiles or choose_tiles(tokens * choices, _all_experts(experts, expert_map), w13_E2IH.element_size())
-    plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
+    if expert_map is None and tokens * choices <= _ROWS_ALONE:
+        plan = align_rows_alone(topk_ids_TK, tiles.up.m)
+    else:
+        plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
     # fp8 weights become fp16 in one instruction, bf16 in several: there, products are in fp16
     a_TH = to_half(x_TH) if w13_E2IH.dtype == FP8 else x_TH
     h = up_projection(
@@ -135,7 +142,7 @@ def choose_tiles(rows: int, experts: int, weight_bytes: int) -> Tiles:
 def choose_tiles_fp8(rows: int, experts: int) -> Tiles:
     """The ladder of `fused_moe_fp8`."""
     if rows / experts <= 64:
-        return Tiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4))
+        return Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3))
     return Tiles(Tile(128, 128, 128, 8, 3), Tile(128, 256, 128, 8, 3))
 
 
@@ -149,16 +156,16 @@ def up_projection(
     `in_order` gives h_PI in the plan's order instead, with rows that are padding not written. `x` may be fp8 with a
     scale a token: then the product runs in fp8. `dtype` names h's dtype (x's, unless given), saturated if fp16.
     """
-    _, twice, hidden = w13_E2IH.shape
+    experts, twice, hidden = w13_E2IH.shape
     width, rows = twice // 2, x_TH.shape[0] * choices
     h_NI = torch.empty(plan.sorted_rows.numel() if in_order else rows, width, dtype=dtype or x_TH.dtype, device=x_TH.device)
     grid = (plan.expert_ids.numel() * triton.cdiv(width, tile.n),)
     _up_kernel[grid](
         x_TH, w13_E2IH, h_NI, plan.sorted_rows, plan.expert_ids, plan.num_padded,
         scale_E2I if scale_E2I is not None else x_TH, bias_E2I if bias_E2I is not None else x_TH,
-        x_scale_T if x_scale_T is not None else x_TH, rows, hidden, width, alpha, limit,
+        x_scale_T if x_scale_T is not None else x_TH, rows, experts, hidden, width, alpha, limit,
         CHOICES=choices, ACTIVATION=activation, HAS_SCALE=scale_E2I is not None, HAS_BIAS=bias_E2I is not None,
-        HAS_A_SCALE=x_scale_T is not None, IN_ORDER=in_order,
+        HAS_A_SCALE=x_scale_T is not None, IN_ORDER=in_order, DIRECT=plan.direct,
         EVEN_N=width % tile.n == 0, EVEN_K=hidden % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -175,14 +182,15 @@ def down_projection(
     `h` may be fp8 with a scale a row, as `x` in `up_projection`.
     """
     rows, width = h_NI.shape
-    hidden = w2_EHI.shape[1]
+    experts, hidden = w2_EHI.shape[:2]
     y_NH = torch.empty(rows, hidden, dtype=dtype or h_NI.dtype, device=h_NI.device)
     grid = (plan.expert_ids.numel() * triton.cdiv(hidden, tile.n),)
     _down_kernel[grid](
         h_NI, w2_EHI, y_NH, plan.sorted_rows, plan.expert_ids, plan.num_padded, weights_TK,
         scale_EH if scale_EH is not None else h_NI, bias_EH if bias_EH is not None else h_NI,
-        h_scale_N if h_scale_N is not None else h_NI, rows, width, hidden,
+        h_scale_N if h_scale_N is not None else h_NI, rows, experts, width, hidden,
         HAS_SCALE=scale_EH is not None, HAS_BIAS=bias_EH is not None, HAS_A_SCALE=h_scale_N is not None,
+        DIRECT=plan.direct,
         EVEN_N=hidden % tile.n == 0, EVEN_K=width % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -201,6 +209,22 @@ def sum_choices(
         y_NH, topk_ids_TK, map_, out_TH, hidden, experts, map_size,
         CHOICES=choices, HAS_MAP=expert_map is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _block_rows(
+    sorted_rows, expert_ids, num_padded, block, rows, experts, DIRECT: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Row numbers of a block (`rows` where there is none), its expert, and whether anything is to do."""
+    m = tl.arange(0, BLOCK_M)
+    expert = tl.load(expert_ids + block).to(tl.int64)
+    if DIRECT:
+        row = tl.where(m == 0, block, rows)
+        used = (expert >= 0) & (expert < experts)
+    else:
+        row = tl.load(sorted_rows + block * BLOCK_M + m)
+        used = block * BLOCK_M < tl.load(num_padded)
+    return row, expert, used
 
 
 @triton.jit
@@ -242,18 +266,19 @@ def _tile_product(
 
 @triton.jit
 def _up_kernel(
-    x, w13, h, sorted_rows, expert_ids, num_padded, scale, bias, a_scale, rows, hidden, width, alpha, limit,
+    x, w13, h, sorted_rows, expert_ids, num_padded, scale, bias, a_scale, rows, experts, hidden, width, alpha, limit,
     CHOICES: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_A_SCALE: tl.constexpr, IN_ORDER: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_A_SCALE: tl.constexpr, IN_ORDER: tl.constexpr, DIRECT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # column tiles fastest: programs that run together share rows of x and one expert's weights
     tiles_n = tl.cdiv(width, BLOCK_N)
     block, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    if block * BLOCK_M >= tl.load(num_padded):
+    row, expert, used = _block_rows(
+        sorted_rows, expert_ids, num_padded, block, rows, experts, DIRECT, BLOCK_M
+    )  # fmt: skip
+    if not used:
         return
-    row = tl.load(sorted_rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    expert = tl.load(expert_ids + block).to(tl.int64)
     w_row, w_ok = _weight_rows(n, width, True, BLOCK_N)
     acc = _tile_product(
         x + (row // CHOICES).to(tl.int64) * hidden, row < rows, w13 + expert * 2 * width * hidden, w_row, w_ok,
@@ -282,16 +307,18 @@ def _up_kernel(
 
 @triton.jit
 def _down_kernel(
-    h, w2, y, sorted_rows, expert_ids, num_padded, weights, scale, bias, a_scale, rows, width, hidden,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A_SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    h, w2, y, sorted_rows, expert_ids, num_padded, weights, scale, bias, a_scale, rows, experts, width, hidden,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A_SCALE: tl.constexpr, DIRECT: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(hidden, BLOCK_N)
     block, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    if block * BLOCK_M >= tl.load(num_padded):
+    row, expert, used = _block_rows(
+        sorted_rows, expert_ids, num_padded, block, rows, experts, DIRECT, BLOCK_M
+    )  # fmt: skip
+    if not used:
         return
-    row = tl.load(sorted_rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    expert = tl.load(expert_ids + block).to(tl.int64)
     w_row, w_ok = _weight_rows(n, hidden, False, BLOCK_N)
     acc = _tile_product(
         h + row.to(tl.int64) * width, row < rows, w2 + expert * hidden * width, w_row, w_ok,

@@ -1,7 +1,8 @@
 """Which of the MoE implementations serves a layer, by its shape alone (so that a captured graph fixes the choice).
 
 Crossings measured on an H200 with 128 experts, hidden 2048, width 768, 8 choices: fp8 weights with wider activations win
-up to 24 rows an expert, products wholly in fp8 above; torch's grouped GEMM overtakes ours near 512 rows an expert.
+up to 24 rows an expert, products wholly in fp8 above; torch's grouped GEMM overtakes ours near 400 rows an expert in bf16,
+and between 512 and 1024 in fp8.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from runtime.kernels.moe_prefill import prefill_moe
 
 _FP8_ROWS = 24
 _GROUPED_ROWS = 384
+_GROUPED_ROWS_FP8 = 768
 
 
 def moe_layer(
@@ -42,7 +44,7 @@ def moe_layer(
     each = topk_ids_TK.numel() / all_experts
     operands = (x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK)
     scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH}
-    if each > _GROUPED_ROWS and plain:
+    if plain and each > (_GROUPED_ROWS_FP8 if w13_E2IH.dtype == FP8 else _GROUPED_ROWS):
         return prefill_moe(*operands, expert_map=expert_map, **scales)
     if each > _FP8_ROWS and plain and w13_E2IH.dtype == FP8:
         assert w13_scale_E2I is not None and w2_scale_EH is not None

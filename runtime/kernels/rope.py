@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+_TILE_HEADS = 16  # heads a program handles at once
+
 
 def rope_norm_cache(
     qkv_TC: torch.Tensor,
@@ -39,13 +41,15 @@ def rope_norm_cache(
     q, k, v = (
         torch.empty(tokens, n, dim, dtype=qkv_TC.dtype, device=qkv_TC.device) for n in (heads, kv_heads, kv_heads)
     )
-    _qkv_kernel[(tokens, heads + 2 * kv_heads)](
+    tiles = triton.cdiv(heads, _TILE_HEADS) + 2 * triton.cdiv(kv_heads, _TILE_HEADS)
+    _qkv_kernel[(tokens, tiles)](
         qkv_TC, positions_T, slots_T, cos_sin, kv_cache, q, k, v,
         q_norm_D if q_norm_D is not None else qkv_TC, k_norm_D if k_norm_D is not None else qkv_TC,
         qkv_TC.stride(0), eps, 1.0 / k_scale, 1.0 / v_scale,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTARY=cos_sin.shape[1], BLOCK_TOKENS=block_tokens,
         INTERLEAVED=interleaved, Q_NORM=q_norm_D is not None, K_NORM=k_norm_D is not None,
-        BLOCK_D=triton.next_power_of_2(dim), num_warps=1,
+        TILE=min(_TILE_HEADS, triton.next_power_of_2(max(heads, kv_heads))), BLOCK_D=triton.next_power_of_2(dim),
+        num_warps=4,
     )  # fmt: skip
     return q, k, v
 
@@ -95,66 +99,70 @@ def _partner(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
 def _qkv_kernel(
     qkv, positions, slots, cos_sin, cache, q, k, v, q_norm, k_norm, stride, eps, k_inverse, v_inverse,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+    INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One token's tile of up to TILE heads: query tiles first, then key tiles, then value tiles."""
+    Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
+    KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < DIM
-    source = qkv + token * stride + part * DIM
+    h, d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
     slot = tl.load(slots + token)
-    place = (slot + slot // BLOCK_TOKENS * BLOCK_TOKENS) * KV_HEADS * DIM + d
-    if part >= HEADS + KV_HEADS:
-        kv_head = part - HEADS - KV_HEADS
-        plain = tl.load(source + d, mask=inside, other=0.0)
-        tl.store(v + (token * KV_HEADS + kv_head) * DIM + d, plain, mask=inside)
-        v_stored = (plain.to(tl.float32) * v_inverse).to(cache.dtype.element_ty)
-        tl.store(cache + place + (BLOCK_TOKENS * KV_HEADS + kv_head) * DIM, v_stored, mask=inside & (slot >= 0))
-    else:
-        is_q = part < HEADS
+    place = (slot + slot // BLOCK_TOKENS * BLOCK_TOKENS) * KV_HEADS * DIM
+    if part < Q_TILES:
+        head = part * TILE + h
+        inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
         value = _normed_rotated(
-            source, positions + token, cos_sin, q_norm, k_norm, eps, is_q, d, inside,
-            DIM, ROTARY, INTERLEAVED, Q_NORM, K_NORM,
+            qkv + token * stride + head[:, None] * DIM, positions + token, cos_sin, q_norm, eps, d, inside,
+            head < HEADS, DIM, ROTARY, INTERLEAVED, Q_NORM,
         )  # fmt: skip
-        if is_q:
-            tl.store(q + (token * HEADS + part) * DIM + d, value.to(q.dtype.element_ty), mask=inside)
-        else:
-            k_head = part - HEADS
-            rounded = value.to(k.dtype.element_ty)
-            tl.store(k + (token * KV_HEADS + k_head) * DIM + d, rounded, mask=inside)
-            stored = (rounded.to(tl.float32) * k_inverse).to(cache.dtype.element_ty)
-            tl.store(cache + place + k_head * DIM, stored, mask=inside & (slot >= 0))
+        tl.store(q + (token * HEADS + head)[:, None] * DIM + d[None, :], value.to(q.dtype.element_ty), mask=inside)
+    elif part < Q_TILES + KV_TILES:
+        k_head = (part - Q_TILES) * TILE + h
+        k_in = (k_head < KV_HEADS)[:, None] & (d < DIM)[None, :]
+        k_value = _normed_rotated(
+            qkv + token * stride + (HEADS + k_head)[:, None] * DIM, positions + token, cos_sin, k_norm, eps, d, k_in,
+            k_head < KV_HEADS, DIM, ROTARY, INTERLEAVED, K_NORM,
+        )  # fmt: skip
+        rounded = k_value.to(k.dtype.element_ty)
+        k_at = k_head[:, None] * DIM + d[None, :]
+        tl.store(k + token * KV_HEADS * DIM + k_at, rounded, mask=k_in)
+        k_kept = (rounded.to(tl.float32) * k_inverse).to(cache.dtype.element_ty)
+        tl.store(cache + place + k_at, k_kept, mask=k_in & (slot >= 0))
+    else:
+        v_head = (part - Q_TILES - KV_TILES) * TILE + h
+        v_in = (v_head < KV_HEADS)[:, None] & (d < DIM)[None, :]
+        v_at = v_head[:, None] * DIM + d[None, :]
+        plain = tl.load(qkv + token * stride + (HEADS + KV_HEADS) * DIM + v_at, mask=v_in, other=0.0)
+        tl.store(v + token * KV_HEADS * DIM + v_at, plain, mask=v_in)
+        v_kept = (plain.to(tl.float32) * v_inverse).to(cache.dtype.element_ty)
+        tl.store(cache + place + BLOCK_TOKENS * KV_HEADS * DIM + v_at, v_kept, mask=v_in & (slot >= 0))
 
 
 @triton.jit
 def _normed_rotated(
-    source, position, cos_sin, q_norm, k_norm, eps, is_q, d, inside,
-    DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    rows, position, cos_sin, norm, eps, d, inside, row_ok,
+    DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One head's row in fp32, normed where its weight is given (rounded as a separate norm would), then rotated."""
+    """Heads' rows in fp32, normed where a weight is given (rounded as a separate norm would), then rotated.
+
+    `rows` [heads, 1] points at row starts. A column's partner in its pair is loaded beside it.
+    """
     rotated = d < ROTARY
     other, angle, sign = _partner(d, ROTARY, INTERLEAVED)
-    dtype: tl.constexpr = source.dtype.element_ty
-    value = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
-    mate = tl.load(source + other, mask=rotated, other=0.0).to(tl.float32)
-    if Q_NORM or K_NORM:
-        inverse = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-        if is_q:
-            if Q_NORM:
-                value = _gained(value, inverse, q_norm, d, inside, dtype)
-                mate = _gained(mate, inverse, q_norm, other, rotated, dtype)
-        elif K_NORM:
-            value = _gained(value, inverse, k_norm, d, inside, dtype)
-            mate = _gained(mate, inverse, k_norm, other, rotated, dtype)
+    paired = row_ok[:, None] & rotated[None, :]
+    dtype: tl.constexpr = rows.dtype.element_ty
+    value = tl.load(rows + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    mate = tl.load(rows + other[None, :], mask=paired, other=0.0).to(tl.float32)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)[:, None]
+        gain = tl.load(norm + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+        mate_gain = tl.load(norm + other, mask=rotated, other=0.0).to(tl.float32)[None, :]
+        value = (value * inverse * gain).to(dtype).to(tl.float32)
+        mate = (mate * inverse * mate_gain).to(dtype).to(tl.float32)
     row = cos_sin + tl.load(position).to(tl.int64) * ROTARY
     cos = tl.load(row + angle, mask=rotated, other=1.0)
     sin = tl.load(row + ROTARY // 2 + angle, mask=rotated, other=0.0)
-    return value * cos + mate * sin * sign
-
-
-@triton.jit
-def _gained(value, inverse, weight, column, inside, dtype: tl.constexpr):
-    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    return (value * inverse * gain).to(dtype).to(tl.float32)
+    return value * cos[None, :] + mate * (sin * sign)[None, :]
 
 
 @triton.jit

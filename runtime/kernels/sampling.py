@@ -1,4 +1,4 @@
-"""The next token of each request, on the device, without a host sync: torch operators, and on a GPU `threshold.py`.
+"""The next token of each request, on the device, without a host sync: torch operators alone.
 
 Shapes: B requests, V vocabulary. A request's draw depends only on its own seed and position, never on who else is in
 the batch, so the same request gives the same tokens whatever it is batched with.
@@ -32,17 +32,20 @@ def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
     return logits_BV.argmax(-1)
 
 
-def sample(logits_BV: torch.Tensor, s: SamplingTensors, *, filtered: bool = True) -> torch.Tensor:
+def sample(
+    logits_BV: torch.Tensor, s: SamplingTensors, *, filtered: bool = True, most: int | None = None
+) -> torch.Tensor:
     """ids_B int64. Order of filters: temperature, top-k, top-p (of what top-k left), min-p (against the best token).
 
-    `filtered` False promises, on the host, that no request of the batch filters: the sort over V is skipped. Ties at a
-    filter's edge are all kept. Requests with temperature 0 are greedy.
+    `filtered` False promises, on the host, that no request of the batch filters: the sort over V is skipped. `most` promises
+    that every request has 0 < top_k <= most, so that only so many need sorting. Ties at a filter's edge are all kept.
+    Requests with temperature 0 are greedy.
     """
     hot = s.temperature > 0
     scaled = logits_BV.float() / torch.where(hot, s.temperature, 1.0)[:, None]
     probs = torch.softmax(scaled, -1)
     if filtered:
-        probs = probs.masked_fill(probs < threshold(probs, s)[:, None], 0.0)
+        probs = probs.masked_fill(probs < _threshold(probs, s, most)[:, None], 0.0)
     # inverse transform: the first token whose running sum passes u * total
     running = probs.cumsum(-1, dtype=torch.float64)
     target = uniform(s.seed, s.position) * running[:, -1]
@@ -50,18 +53,9 @@ def sample(logits_BV: torch.Tensor, s: SamplingTensors, *, filtered: bool = True
     return torch.where(hot, drawn.clamp(max=logits_BV.shape[1] - 1), greedy(logits_BV))
 
 
-def threshold(probs_BV: torch.Tensor, s: SamplingTensors) -> torch.Tensor:
+def _threshold(probs_BV: torch.Tensor, s: SamplingTensors, most: int | None) -> torch.Tensor:
     """The least probability that survives top-k, top-p and min-p, one a request."""
-    if probs_BV.is_cuda:
-        from runtime.kernels import threshold as kernel
-
-        return kernel.threshold(probs_BV, s.top_k, s.top_p, s.min_p)
-    return threshold_by_sorting(probs_BV, s)
-
-
-def threshold_by_sorting(probs_BV: torch.Tensor, s: SamplingTensors) -> torch.Tensor:
-    """`threshold` in plain torch."""
-    ordered = probs_BV.sort(-1, descending=True).values
+    ordered = probs_BV.topk(most, -1).values if most else probs_BV.sort(dim=-1, descending=True).values
     last = ordered.shape[1] - 1
     k = torch.where(s.top_k > 0, s.top_k - 1, last).clamp(max=last)
     kth = ordered.gather(1, k[:, None])

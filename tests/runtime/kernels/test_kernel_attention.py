@@ -77,7 +77,7 @@ def run_mla(rng, device, monkeypatch, heads, tile, splits, lengths=LENGTHS, bloc
     [(16, MlaTile(16, 16, 4, 2, 2)), (5, MlaTile(16, 32, 4, 2, 2)), (40, MlaTile(32, 16, 4, 2, 1))],
 )
 def test_mla(heads, tile, splits, device, rng, monkeypatch) -> None:
-    run_mla(rng, device, monkeypatch, heads, tile, splits)
+    run_mla(rng, device, monkeypatch, heads, tile, splits, lengths=[1, 16, 17, 0, 47])
 
 
 def test_mla_batch_1_at_a_block_edge(device, rng, monkeypatch) -> None:

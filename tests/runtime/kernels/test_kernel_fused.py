@@ -53,7 +53,7 @@ def test_fp8_rows(name, width, device, rng, monkeypatch) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rotary", [32, 16])
 def test_rope_norm_cache(interleaved, norm, rotary, device, rng, monkeypatch) -> None:
-    heads, kv_heads, dim, tokens = 4, 2, 32, 5
+    heads, kv_heads, dim, tokens = 20, 2, 32, 5
     qkv = normal(rng, tokens, (heads + 2 * kv_heads) * dim, dtype=HALF).to(device)
     case = {
         "qkv_TC": qkv, "positions_T": torch.tensor([0, 5, 99, 3, 7], device=device),

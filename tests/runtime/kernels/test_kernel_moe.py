@@ -51,6 +51,14 @@ def test_experts_of_other_ranks_add_nothing(device, rng, monkeypatch) -> None:
     check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL, expert_map=expert_map)
 
 
+def test_few_rows_need_no_sorting(device, rng, monkeypatch) -> None:
+    """Two tokens of one expert, and an id that is nobody's."""
+    case = layer(rng, 3, 2, 4, 64, 32, torch.float32)
+    case["topk_ids_TK"] = torch.tensor([[1, 3], [1, -1], [0, 7]], dtype=torch.int32)
+    monkeypatch.setattr(moe, "align", None)
+    check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL)
+
+
 def test_no_local_expert_gives_zeros(device, rng) -> None:
     case = {k: v.to(device) for k, v in layer(rng, 5, 2, 4, 64, 32, torch.float32).items()}
     case["expert_map"] = torch.full((4,), -1, dtype=torch.int32, device=device)
@@ -117,7 +125,7 @@ def test_prefill_layer_fp8(device, rng, monkeypatch) -> None:
     check(case, 0.02 + FP8_STEP, device, monkeypatch, run=moe_prefill.prefill_moe, fp8_rows=True, **scales)
 
 
-@pytest.mark.parametrize("tokens, chosen", [(8, "fused_moe"), (60, "fused_moe_fp8"), (800, "prefill_moe")])
+@pytest.mark.parametrize("tokens, chosen", [(8, "fused_moe"), (60, "fused_moe_fp8"), (1600, "prefill_moe")])
 def test_layer_chooses_by_rows_an_expert(tokens, chosen, device, rng, monkeypatch) -> None:
     case, scales = fp8_layer(rng, device, tokens, 1, 2, 64, 32)
     called = []

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import poisoned
 
-from runtime.kernels.sampling import SamplingTensors, sample, threshold_by_sorting, uniform
-from runtime.kernels.threshold import threshold
+from runtime.kernels.sampling import SamplingTensors, sample, uniform
 
 
 def settings(batch: int, **given: float) -> SamplingTensors:
@@ -91,17 +89,6 @@ def test_uniform_is_splitmix64() -> None:
     assert got.tolist() == [(w >> 11) * 2.0**-53 for w in want]
 
 
-def test_threshold_without_sorting(device, rng, monkeypatch) -> None:
-    """The k-th largest and the nucleus's edge are exact; a nucleus met to within rounding may differ by one token."""
-    probs = torch.softmax(torch.randn(7, 3000, generator=rng) * 3, -1)
-    probs[6] = 1.0 / 3000  # all equal: whatever is kept, all are kept
-    s = SamplingTensors(
-        torch.ones(7), torch.tensor([0, 1, 50, 0, 50, 2999, 10]), torch.tensor([1.0, 1.0, 1.0, 0.9, 0.7, 0.99, 0.5]),
-        torch.tensor([0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), torch.zeros(7).long(), torch.zeros(7).long(),
-    )  # fmt: skip
-    with poisoned(monkeypatch):
-        got = threshold(*(t.to(device) for t in (probs, s.top_k, s.top_p, s.min_p))).cpu()
-    want = threshold_by_sorting(probs, s)
-    kept, expected = ((probs >= t[:, None]).sum(-1) for t in (got, want))
-    assert ((kept - expected).abs() <= 1).all()
-    assert torch.equal(got[[0, 1, 2, 6]], want[[0, 1, 2, 6]])
+def test_a_bound_on_top_k_changes_nothing(rng) -> None:
+    logits, s = torch.randn(64, 300, generator=rng), settings(64, top_k=20, top_p=0.8)
+    assert torch.equal(sample(logits, s), sample(logits, s, most=32))
