@@ -125,7 +125,8 @@ def _step_bars(role: str, every: list[PoolOf], operators: list[str], colours: di
         seconds = [at.pool.breakdown_s.get(operator) for at in every]
         if all(s is None for s in seconds):
             continue
-        sources = [at.pool.sources.get(operator, "assumed") for at in every]
+        known = next(at.pool.sources.get(operator, "assumed") for at in every if operator in at.pool.breakdown_s)
+        sources = [at.pool.sources.get(operator, "assumed") if operator in at.pool.breakdown_s else known for at in every]
         hover = [
             f"{label(operator)}<br>{text_of(s, 's')} ({percent(_share(s, at.pool))})<br>source: {source}"
             for s, source, at in zip(seconds, sources, every, strict=True)
@@ -277,13 +278,14 @@ def experts(story: Story) -> Section:
             zmin=max(0.0, 1 - reach),
             zmax=1 + reach,
             colorscale=[list(stop) for stop in DIVERGING],
-            colorbar={"title": {"text": "load / mean"}, "thickness": 12, "outlinewidth": 0},
+            colorbar={"title": {"text": "load / mean", "font": {"size": 12}}, "nticks": 6, "thickness": 12, "outlinewidth": 0},
             hovertemplate="MoE layer %{y}, rank %{x}: %{z:.3f} × mean<extra></extra>",
         )
         drawn = figure(
             [heat],
-            xaxis={"title": {"text": "EP rank"}, "showgrid": False},
-            yaxis={"title": {"text": "MoE layer"}, "autorange": "reversed", "showgrid": False},
+            xaxis={"title": {"text": "EP rank"}, "showgrid": False, "dtick": max(1, len(load[0]) // 8)},
+            yaxis={"title": {"text": "MoE layer"}, "autorange": "reversed", "showgrid": False, "dtick": max(1, len(load) // 8)},
+            margin={"l": 64, "r": 20, "t": 16, "b": 48},
         )
         words = (
             f"{at.name}: {plural(len(load), 'MoE layer')} × {plural(max(len(row) for row in load), 'rank')}. The fullest "
@@ -291,7 +293,7 @@ def experts(story: Story) -> Section:
             "average, which is what a step waits for."
         )
         blocks.append(
-            Figure(f"experts-{number_}", drawn, words, title=at.name, height_px=min(640, 170 + 8 * len(load)), half=True)
+            Figure(f"experts-{number_}", drawn, words, title=at.name, height_px=min(640, 240 + 7 * len(load)), half=True)
         )
     return Section("experts", title, tuple(blocks), absent=_why(story, "expert load"))
 

@@ -6,7 +6,7 @@ import math
 
 from reports.blocks import Block, Cell, Facts, Section, Table, Text, Tile, Tiles, Tone
 from reports.load import Run, Story
-from reports.words import DASH, NAME_CHARS, cell, clip, number, plan_sentence, plural, text_of, word
+from reports.words import NAME_CHARS, cell, clip, number, plan_sentence, plural, text_of, word
 from twin.spec.plan import Plan
 from twin.spec.results import RunResult, Summary
 from twin.spec.workload import Lengths, Slo, WorkloadSpec
@@ -187,7 +187,8 @@ def _tiles(story: Story) -> list[Tile]:
         for run in story.results:
             value = value_at(run.result, path)
             tone: Tone = "" if limit is None or value is None else "good" if value <= limit else "bad"
-            cells.append(_badged(run, value, unit, path, tone))
+            if value is not None:
+                cells.append(_badged(run, value, unit, path, tone))
         return Tile(label, tuple(cells), note or (f"objective {text_of(limit, unit)}" if limit is not None else ""))
 
     def judged(metric: str, quantile: str, limit: float | None) -> Tile:
@@ -208,7 +209,7 @@ def _tiles(story: Story) -> list[Tile]:
         across("goodput /s", "", "throughput.goodput_per_s", note="requests in time"),
         across("$ / 1M tokens", "$", "cost.usd_per_million_output_tokens", note="output tokens"),
     ]
-    return [tile for tile in tiles if any(c.text != DASH for c in tile.cells)]
+    return [tile for tile in tiles if tile.cells]
 
 
 def value_at(result: RunResult | None, path: str) -> float | None:
