@@ -1,6 +1,6 @@
 """The operators a model is made of, behind one interface, so that kernels can be swapped without touching a model.
 
-`TorchOps` is the reference: any device, any shape, plain torch. `ops_for("triton")` loads `runtime.kernels.backend`,
+`TorchOps` is the reference: any device, any shape, plain torch. `ops_for("triton")` loads `runtime.triton_ops`,
 whose `TritonOps` overrides the methods it has kernels for.
 
 Legend: T tokens, S sequences, Q query heads, G KV heads, D head size, L latent (kv_lora_rank), R rotary channels,
@@ -67,15 +67,20 @@ class TorchOps:
     def attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float, window: int | None,
                   sinks_Q: torch.Tensor | None) -> torch.Tensor:
         """Paged causal GQA of a mixed batch over the stored keys, this step's included. Returns [T, Q, D]."""
-        out = torch.empty_like(q_TQD)
         n = step.num_decodes
+        parts = [self.prefill_attention(q_TQD[n:], cache, step, scale=scale, window=window, sinks_Q=sinks_Q)]
         if n:
             kv = _gather(cache, step.block_tables_SB[:n], max(step.context_lens[:n]))
             k, v = (kv[:, i].transpose(1, 2).to(q_TQD.dtype) for i in (0, 1))
             mask = _decode_mask(step.seq_lens_S[:n], k.shape[2], window)
-            out[:n] = attend(q_TQD[:n, :, None], k, v, mask, scale, sinks_Q)[:, :, 0]
-        row = n
-        for i in range(n, len(step.query_lens)):
+            parts.insert(0, attend(q_TQD[:n, :, None], k, v, mask, scale, sinks_Q)[:, :, 0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
+                          window: int | None, sinks_Q: torch.Tensor | None) -> torch.Tensor:
+        """`attention` of the step's prompt chunks alone; q of their tokens only."""
+        out, row = torch.empty_like(q_TQD), 0
+        for i in range(step.num_decodes, len(step.query_lens)):
             q_len, context = step.query_lens[i], step.context_lens[i]
             kv = _gather(cache, step.block_tables_SB[i:i + 1], context)
             k, v = (kv[:, j].transpose(1, 2).to(q_TQD.dtype) for j in (0, 1))
@@ -201,5 +206,6 @@ def ops_for(backend: str) -> TorchOps:
     if backend == "torch":
         return TorchOps()
     if backend == "triton":
-        return import_module("runtime.kernels.backend").TritonOps()
+        ops: TorchOps = import_module("runtime.triton_ops").TritonOps()
+        return ops
     raise SpecError(f"backend {backend[:40]!r} is unknown", field="backend", expected="torch or triton")

@@ -33,24 +33,25 @@ def sample(logits_RV: torch.Tensor, params: Sequence[SamplingParams], draws: Seq
 
     temperature = column([p.temperature for p in params])
     scaled = logits_RV.float() / temperature.clamp(min=1e-6)
-    probs, ids = filtered(scaled, column([p.top_k or logits_RV.shape[1] for p in params]),
-                          column([p.top_p for p in params]), column([p.min_p for p in params]))
-    ends = probs.double().cumsum(-1)
-    draw = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * ends[:, -1:]
-    at = torch.searchsorted(ends, draw, right=True).clamp(max=logits_RV.shape[1] - 1)
-    return torch.where(temperature[:, 0] == 0, greedy, ids.gather(1, at)[:, 0])
+    most = logits_RV.shape[1]
+    probs = filtered(scaled.softmax(-1), column([min(p.top_k, most) or most for p in params]),
+                     column([p.top_p for p in params]), column([p.min_p for p in params]))
+    # inverse transform in the order of token ids: the first token whose running sum passes draw * total
+    running = probs.cumsum(-1, dtype=torch.float64)
+    draw = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * running[:, -1:]
+    drawn = torch.searchsorted(running, draw, right=True)[:, 0].clamp(max=most - 1)
+    return torch.where(temperature[:, 0] == 0, greedy, drawn)
 
 
-def filtered(scaled_RV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
-             min_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(probabilities in falling order, zero where a filter cut; their token ids), both [R, V]; not renormalised.
+def filtered(probs_RV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """The probabilities with zeros where a filter cut, not renormalised; filters are columns [R, 1].
 
-    top_k keeps the k best; top_p the shortest prefix that reaches p, at least one token; min_p what has at least that
-    fraction of the best token's probability. All three look at the softmax before any cut.
+    top_k keeps the k best; top_p, of what those hold, the least head that reaches its share, at least one token; min_p
+    what has at least that fraction of the best. Ties at an edge are all kept.
     """
-    ordered, ids = scaled_RV.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    rank = torch.arange(probs.shape[1], device=probs.device)
-    keep = (rank < top_k) & ((before < top_p) | (rank == 0)) & (probs >= min_p * probs[:, :1])
-    return probs.masked_fill(~keep, 0.0), ids
+    ordered = probs_RV.sort(-1, descending=True)[0]
+    held = torch.where(ordered >= ordered.gather(1, top_k.long() - 1), ordered, 0.0)
+    before = held.cumsum(-1) - held
+    inside = (held > 0) & ((before < top_p * held.sum(-1, keepdim=True)) | (before == 0))
+    least = torch.where(inside, ordered, torch.inf).amin(-1, keepdim=True)
+    return torch.where(probs_RV >= torch.maximum(least, min_p * ordered[:, :1]), probs_RV, 0.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NEW_TOKENS, Checkpoint, Checkpoints
+from runtime_checkpoints import NEW_TOKENS, Checkpoint, Checkpoints
 from runtime_worlds import draw_alone
 
 from runtime.frontend import Frontend

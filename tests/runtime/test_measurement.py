@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
+from runtime_checkpoints import Checkpoints
 from torch.utils.flop_counter import FlopCounterMode
 
 from runtime.batch import Segment, make_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, NEW_TOKENS, Checkpoint, Checkpoints
+from runtime_checkpoints import ARCHITECTURES, NEW_TOKENS, Checkpoint, Checkpoints
 from runtime_worlds import BLOCK, fork_world, generate
 
 from runtime.layout import single

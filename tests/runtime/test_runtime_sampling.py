@@ -44,10 +44,22 @@ def test_a_row_does_not_feel_its_neighbours() -> None:
     assert together.tolist() == single
 
 
-def test_filtered_probabilities_are_sorted_and_partial() -> None:
-    probs, ids = filtered(LOGITS[None], torch.tensor([[3]]), torch.tensor([[1.0]]), torch.tensor([[0.0]]))
-    assert ids[0].tolist() == [4, 0, 1, 2, 3]
-    assert probs[0].count_nonzero() == 3
+def test_filters_follow_one_another() -> None:
+    """top-p counts what top-k left; ties at an edge are all kept."""
+    probs = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]])
+
+    def kept(top_k: int, top_p: float, min_p: float) -> list[int]:
+        columns = (torch.tensor([[value]], dtype=torch.float32) for value in (top_k, top_p, min_p))
+        return filtered(probs, *columns)[0].nonzero()[:, 0].tolist()
+
+    assert kept(1, 1.0, 0.0) == [0]
+    assert kept(2, 1.0, 0.0) == [0, 1, 2]
+    assert kept(5, 0.39, 0.0) == [0]
+    assert kept(5, 0.45, 0.0) == [0, 1, 2]
+    assert kept(2, 0.49, 0.0) == [0]
+    assert kept(2, 0.51, 0.0) == [0, 1, 2]
+    assert kept(5, 1.0, 0.3) == [0, 1, 2]
+    assert kept(5, 1e-12, 1.0) == [0]
 
 
 def test_uniform_is_uniform_and_keyed() -> None:

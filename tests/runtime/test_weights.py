@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
+from runtime_checkpoints import Checkpoints
 from safetensors.torch import load_file, save_file
 
 from runtime.layout import layouts, single

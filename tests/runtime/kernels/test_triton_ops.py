@@ -1,0 +1,73 @@
+"""The GPU's operators against the plain ones, on whole mixed steps and small odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import HALF, normal, relative_error
+
+pytest.importorskip("triton")
+
+from runtime.batch import Segment, make_step
+from runtime.ops import ExpertWeights, TorchOps
+from runtime.triton_ops import TritonOps
+from twin.spec.model import MoE
+
+PLAIN, FAST = TorchOps(), TritonOps()
+STEP = [Segment([1], 16, [3, 0]), Segment([1], 0, [5]), Segment([1], 31, [6, 1]), Segment([1] * 5, 14, [2, 7], True)]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, False), (8, True)])
+def test_attention_of_a_mixed_step(device: torch.device, rng: torch.Generator, window: int | None, sinks: bool) -> None:
+    cache = normal(rng, 8, 2, 16, 2, 32, dtype=HALF).to(device)
+    q = normal(rng, 8, 4, 32, dtype=HALF).to(device)
+    sink = normal(rng, 4).to(device) if sinks else None
+    for segments in (STEP, STEP[:3], STEP[3:]):
+        step = make_step(segments, 16, device)
+        more = {"scale": 0.2, "window": window, "sinks_Q": sink}
+        want = PLAIN.attention(q[:step.num_tokens].float(), cache.float(), step, **more)
+        got = FAST.attention(q[:step.num_tokens], cache, step, **more)
+        assert relative_error(got, want) < 0.01
+
+
+def test_latent_decode(device: torch.device, rng: torch.Generator) -> None:
+    cache, q = normal(rng, 8, 16, 48, dtype=HALF).to(device), normal(rng, 3, 4, 48, dtype=HALF).to(device)
+    step = make_step(STEP, 16, device)
+    want = PLAIN.mla_decode(q.float(), cache.float(), step, scale=0.2, latent=32)
+    assert relative_error(FAST.mla_decode(q, cache, step, scale=0.2, latent=32), want) < 0.01
+
+
+@pytest.mark.parametrize("limit", [None, 1.5])
+@pytest.mark.parametrize("rows", [0, 1, 13])
+def test_experts_of_which_some_are_elsewhere(device: torch.device, rng: torch.Generator, limit: float | None, rows: int) -> None:
+    biases = (normal(rng, 4, 32), normal(rng, 4, 64)) if limit else (None, None)
+    w = [normal(rng, 4, 32, 64, scale=0.1), normal(rng, 4, 64, 16, scale=0.2), *biases]
+    plain = ExpertWeights(*(None if t is None else t.to(device) for t in w))
+    half = ExpertWeights(*(None if t is None else t.to(device, HALF) for t in w))
+    x = normal(rng, rows, 64, dtype=HALF).to(device)
+    slots = torch.randint(-1, 4, (rows, 3), generator=rng).to(device)
+    weights = torch.rand(rows, 3, generator=rng).to(device)
+    want = PLAIN.experts(x.float(), slots, weights, plain, limit)
+    got = FAST.experts(x, slots, weights, half, limit)
+    assert got.shape == want.shape
+    assert rows == 0 or relative_error(got, want) < 0.02
+
+
+@pytest.mark.parametrize("moe", [
+    MoE(experts=16, top_k=4, intermediate=8, scoring="sigmoid", score_bias=True, groups=4, top_k_groups=2, routed_scaling=2.5),
+    MoE(experts=16, top_k=4, intermediate=8, groups=4, top_k_groups=2, norm_top_k=False), MoE(experts=8, top_k=2, intermediate=8),
+], ids=["v3", "v2", "softmax"])
+def test_routing(device: torch.device, rng: torch.Generator, moe: MoE) -> None:
+    x, weight = normal(rng, 9, 32).to(device), normal(rng, moe.experts, 32).to(device)
+    bias = normal(rng, moe.experts, scale=0.1).to(device) if moe.score_bias else None
+    (ids, weights), (want_ids, want) = (ops.route(x, weight, None, bias, moe) for ops in (FAST, PLAIN))
+    none = torch.zeros(9, moe.experts, device=device)
+    assert torch.allclose(none.scatter(1, ids, weights), none.scatter(1, want_ids, want), atol=1e-5)
+    assert FAST.route(x[:0], weight, None, bias, moe)[0].shape == (0, moe.top_k)
+
+
+def test_norm_and_activation(device: torch.device, rng: torch.Generator) -> None:
+    x, weight = normal(rng, 5, 96).to(device), normal(rng, 96).to(device)
+    assert torch.allclose(FAST.rms_norm(x, weight, 1e-6), PLAIN.rms_norm(x, weight, 1e-6), atol=1e-5)
+    assert torch.allclose(FAST.gated(x, None), PLAIN.gated(x, None), atol=1e-5)
+    assert FAST.rms_norm(x[:0], weight, 1e-6).shape == (0, 96)
