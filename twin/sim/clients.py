@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from twin.policy.arrivals import MAX_REQUESTS, RequestSet, sample_requests
+from twin.policy.arrivals import MAX_REQUESTS, RequestSet, named_stream, sample_requests
 from twin.sim.clock import Clock
 from twin.sim.request import Request
 from twin.sim.service import Service
@@ -26,6 +26,7 @@ class Clients:
         self.clock, self.workload, self.seed = clock, workload, seed
         self.done = clock.event()
         self.sent: list[Request] = []
+        self.background: list[Request] = []
         self._ended = 0
         self._all_sent = False
         closed = workload.arrivals.kind == "closed_loop"
@@ -35,9 +36,12 @@ class Clients:
         self.traffic: RequestSet = sample_requests(workload, seed, max_requests=drawn)
         self._total = self._limit if closed else len(self.traffic)
 
-    def start(self, service: Service) -> None:
-        """Begin to send to a service, whose `ended` must call `request_ended`."""
+    def start(self, service: Service, in_flight: int = 0) -> None:
+        """Begin to send to a service, whose `ended` must call `request_ended`; with `in_flight` requests already there."""
         self.service = service
+        for request in self._in_flight(in_flight):
+            self.background.append(request)
+            service.resume(request)
         if self.traffic.arrival_s is not None:
             self.clock.process(self._arrivals(self.traffic.arrival_s))
         else:
@@ -57,7 +61,21 @@ class Clients:
         for request in self.sent:
             request.counted = request.id >= warmup
 
+    def _in_flight(self, count: int) -> Iterator[Request]:
+        """Requests as a steady state has them in decode: a long output is there longer, so it is met more often, at any
+        point of its output alike. What was generated counts as prompt. Ids are negative; none of them counts."""
+        stream = named_stream(self.seed, "in_flight")
+        isl, osl = self.traffic.isl, self.traffic.osl
+        chosen = stream.choice(len(isl), size=count, p=osl / osl.sum())
+        generated = np.floor(stream.random(count) * osl[chosen]).astype(np.int64)
+        for number, (index, done) in enumerate(zip(chosen.tolist(), generated.tolist(), strict=True)):
+            if osl[index] - done > 1:
+                yield Request(-1 - number, 0.0, int(isl[index]) + done, int(osl[index]) - done, counted=False,
+                              prefill_start_s=0.0, first_token_s=0.0, last_token_s=0.0)
+
     def request_ended(self, request: Request) -> None:
+        if request.id < 0:
+            return
         self._ended += 1
         if self.traffic.arrival_s is None:
             self._think(request)

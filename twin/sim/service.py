@@ -120,6 +120,16 @@ class Service:
         site.instance.enqueue(site.rank, request)
         return decision
 
+    def resume(self, request: Request) -> None:
+        """A request that was in decode before the run began: straight to a rank that decodes."""
+        self.requests[request.id] = request
+        self._outstanding += 1
+        self._outstanding_tokens += request.isl + request.osl
+        site = self.decode.choose(0, request.osl)
+        request.prefill_instance = request.decode_instance = site.instance.number
+        request.prefill_rank = request.decode_rank = site.rank
+        site.instance.enqueue(site.rank, request)
+
     def _decide(self, request: Request) -> Decision:
         for targets, tokens in ((self.entry, request.isl), (self.decode, request.isl + request.osl - 1)):
             for instance in targets.instances:

@@ -25,7 +25,7 @@ from twin.spec.plan import Plan
 from twin.spec.provenance import provenance
 from twin.spec.results import RequestRecord, RunResult
 from twin.spec.scenario import Scenario
-from twin.spec.summarise import counted_window, summarise
+from twin.spec.summarise import count, counted_window, summarise
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class SimOutput:
 
 def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_requests: int | None = None,
              record_trace: bool = True, cost_models: Sequence[PoolCosts] | None = None,
-             coalesce: bool = True) -> SimOutput:
+             coalesce: bool = True, in_flight: int = 0) -> SimOutput:
     """Serve the scenario's traffic with `plan` and say what happens.
 
     `cost_models`: one for each pool, made here otherwise. `max_requests` shortens the traffic. `coalesce=False` takes
     decode steps one at a time: slower, same results. `detail` follows one step, from the middle of the run of the pool that
-    decodes, layer by layer, and adds it to the trace. Raises Infeasible when
-    the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
+    decodes, layer by layer, and adds it to the trace. `in_flight` requests are in decode when the run begins, so that an
+    open loop need not fill the service first; they count for throughput alone. Raises Infeasible when the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
     """
     costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
     breakdowns = [Breakdown() for pool in plan.pools for _ in range(pool.instances)]
     observers: list[Callable[[Instance, Run], None]] = [
         lambda instance, run: breakdowns[instance.number].observe(instance, run)]
-    world = World(scenario, plan, costs, max_requests=max_requests, switches=Switches(
+    world = World(scenario, plan, costs, max_requests=max_requests, in_flight=in_flight, switches=Switches(
         coalesce=coalesce, on_run=lambda instance, run: _tell(observers, instance, run)))
     timeline = None
     if record_trace:
@@ -102,7 +102,8 @@ def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestR
     workload, instances = scenario.workload, world.service.instances
     requests = world.clients.sent
     window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
-    summary = summarise(records, workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
+    background = [request.record() for request in world.clients.background]
+    summary = summarise([*background, *records], workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
                         itl_s=gaps(instances, world.service.requests))
     by_pool = [together(breakdowns[i.number] for i in instances if i.pool_index == index) for index in range(len(plan.pools))]
     pools = tuple(pool_result(pool, costs, [i for i in instances if i.pool_index == index], requests,
@@ -112,7 +113,7 @@ def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestR
     return RunResult(
         kind="prediction", name=plan.name, model=scenario.model.name, cluster=scenario.cluster.name, plan=plan,
         provenance=provenance(scenario, plan, seed=scenario.seed),
-        latencies=summary.latencies, throughput=summary.throughput, counts=summary.counts, steady=summary.steady,
+        latencies=summary.latencies, throughput=summary.throughput, counts=count(records), steady=summary.steady,
         cost=summary.cost, pools=pools, intervals=intervals(summary, by_role),
         series=series(instances, records, plan.pools), source=result_source(by_pool),
         assumptions=assumptions(scenario, plan), warnings=warnings(scenario, plan, summary, pools))

@@ -15,12 +15,12 @@ class World:
     """Everything that a run consists of. `run` takes it to the end; tests may `step` it and look in between."""
 
     def __init__(self, scenario: Scenario, plan: Plan, costs: Sequence[PoolCosts], *, max_requests: int | None = None,
-                 switches: Switches | None = None) -> None:
+                 switches: Switches | None = None, in_flight: int = 0) -> None:
         self.clock = Clock()
         self.clients = Clients(self.clock, scenario.workload, scenario.seed, max_requests)
         self.service = Service(self.clock, scenario.cluster, plan, costs, seed=scenario.seed,
                                ended=self.clients.request_ended, switches=switches)
-        self.clients.start(self.service)
+        self.clients.start(self.service, in_flight)
 
     @property
     def is_over(self) -> bool:

@@ -32,6 +32,9 @@ MIN_COUNTED = 20
 """Fewer counted requests than this cannot show whether a run is steady."""
 MAX_DRIFT = 0.1
 """Relative change of mean E2E latency from the first to the second half that a steady run may show."""
+WILD_DRIFT = 0.5
+"""A drift beyond this may still be chance (batch means of a nearly saturated queue wander), but then the run is too short for
+its averages to mean anything."""
 MAX_QUEUE_SLOPE = 0.05
 """Share of the arrivals that may pile up, unfinished, in a steady run."""
 _BATCHES = 5
@@ -256,6 +259,9 @@ def steady(records: Sequence[RequestRecord], arrivals: str) -> Steady:
         verdict, reason = "not steady", f"{slope:.1%} of the arriving requests pile up"
     elif beyond_chance and abs(drift) > MAX_DRIFT:
         verdict, reason = "not steady", f"mean E2E latency changes by {drift:+.1%} from the first to the second half"
+    elif abs(drift) > WILD_DRIFT:
+        verdict = "too short"
+        reason = f"mean E2E latency changes by {drift:+.1%} between its halves, which more requests would tell from chance"
     return Steady.model_validate(
         {"verdict": verdict, "warmup_s": warmup_s, "drift": drift, "queue_slope_per_s": slope, "reason": reason}
     )

@@ -32,7 +32,8 @@ def test_long_decodes_of_many_ranks():
     """Runs of hundreds of steps, cut by arrivals, by hand-overs and by ends in other ranks."""
     traffic = workload(Arrivals(kind="poisson", rate_per_s=0.9), Lengths(kind="lognormal", mean=40.0, cv=1.0),
                        Lengths(kind="geometric", mean=150.0), requests=120)
-    costs = [LinearCosts(step_s_each=0.01, seq_s=1e-4, context_s=1e-6, prefill_s=1e-4, kv_blocks_per_rank=400, kv_token_bytes=1e4)]
+    costs = [LinearCosts(step_s_each=0.01, seq_s=1e-4, context_s=1e-6, prefill_s=1e-4, kv_blocks_per_rank=400,
+                         kv_token_bytes=1e4)]
     on = cluster(nodes=4, gpus_per_node=4, nvlink_domain_gpus=4, nics_per_node=2)
     plans = ((pool(dp=3, block_tokens=8),), (pool(role="prefill", instances=2), pool(role="decode", dp=4, block_tokens=8)))
     for pools in plans:
