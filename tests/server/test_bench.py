@@ -47,10 +47,11 @@ def test_closed_loop_measures_what_the_engine_does(url: str, api: str) -> None:
     assert result.counts.counted == 32
     assert result.counts.output_tokens == 40 * 20
     assert {r.isl for r in run.records} == {50}, "prompts have their exact length, the chat template's tokens included"
-    assert result.latencies.tpot_s.p50 == pytest.approx(STEP_S, rel=0.25)
-    assert result.latencies.itl_s.p50 == pytest.approx(STEP_S, rel=0.25)
+    # Nothing may be faster than the engine; a busy machine may be slower.
+    assert 0.9 * STEP_S < (result.latencies.tpot_s.p50 or 0) < 2 * STEP_S
+    assert 0.8 * STEP_S < (result.latencies.itl_s.p50 or 0) < 2 * STEP_S
     assert result.latencies.itl_s.count == 32 * 19
-    assert result.throughput.output_tok_per_s == pytest.approx(8 / STEP_S, rel=0.2)
+    assert 0.4 * 8 / STEP_S < result.throughput.output_tok_per_s < 1.05 * 8 / STEP_S
     assert result.throughput.output_tok_per_s_per_gpu == pytest.approx(result.throughput.output_tok_per_s / 2)
     assert result.throughput.slo_attainment == 1.0
     assert result.cost.usd_per_million_output_tokens is not None
@@ -62,7 +63,7 @@ def test_open_loops_keep_to_their_schedule(url: str) -> None:
     run = bench(url, workload({"kind": "deterministic", "rate_per_s": 40.0}, requests=40, osl=5.0))
     arrivals = [r.arrival_s for r in run.records]
     assert arrivals == [pytest.approx(i / 40) for i in range(40)]
-    assert run.result.throughput.requests_per_s == pytest.approx(40, rel=0.15)
+    assert run.result.throughput.requests_per_s == pytest.approx(40, rel=0.3)
     first = bench(url, workload({"kind": "poisson", "rate_per_s": 100.0}, osl=3.0), BenchOptions(seed=5))
     again = bench(url, workload({"kind": "poisson", "rate_per_s": 100.0}, osl=3.0), BenchOptions(seed=5))
     assert [r.arrival_s for r in first.records] == [r.arrival_s for r in again.records]
@@ -80,8 +81,8 @@ def test_latency_counts_from_the_scheduled_instant() -> None:
     with running_server(FakeEngine(STEP_S, slots=2)) as (url, _):
         run = bench(url, workload({"kind": "burst"}, requests=8, osl=10.0, warmup_fraction=0.0))
     ttft = sorted(r.ttft_s or 0 for r in run.records)
-    assert ttft[-1] == pytest.approx(3 * 10 * STEP_S, abs=0.1)
-    assert ttft[0] < 5 * STEP_S
+    assert 3 * 10 * STEP_S <= ttft[-1] < 2 * 3 * 10 * STEP_S
+    assert ttft[0] < 10 * STEP_S
 
 
 def test_rejections_are_counted_apart() -> None:

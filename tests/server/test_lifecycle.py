@@ -147,12 +147,12 @@ def test_first_tokens_do_not_wait_for_acknowledgements() -> None:
 
 def test_idle_sockets_do_not_slow_others_and_are_closed() -> None:
     engine = FakeEngine(STEP_S)
-    with running_server(engine, idle_timeout_s=2.0) as (url, _):
+    with running_server(engine, idle_timeout_s=3.0) as (url, _):
         port = int(url.rpartition(":")[2])
-        idle = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(400)]
+        idle = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(400)]
         start = time.monotonic()
         assert call(url, "/v1/completions", {"prompt": "x", "max_tokens": 20})[0] == 200
-        assert time.monotonic() - start < 20 * STEP_S + 0.5
+        assert time.monotonic() - start < 20 * STEP_S + 2.0
         assert {connection.recv(1) for connection in idle} == {b""}
         for connection in idle:
             connection.close()
@@ -245,7 +245,7 @@ def test_an_engine_that_fails_later_ends_the_service() -> None:
         seen.extend((path, call(url, path)[0]) for path in ("/livez", "/readyz", "/health", "/metrics"))
 
     engine = FakeEngine(STEP_S)
-    settings = GatewaySettings("tiny", failed_s=0.5)
+    settings = GatewaySettings("tiny", failed_s=2.5)
     with pytest.raises(RankFailed, match="rank 1 died"):
         serve(lambda: engine, settings=settings, vocab=512, port=0,
               on_start=lambda port: threading.Thread(target=probe, args=(port,)).start())

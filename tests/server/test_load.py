@@ -46,9 +46,9 @@ def rss_bytes(process: subprocess.Popen[str]) -> int:
 
 def test_64_streams_keep_the_engines_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     p50, p99, tok_per_s, _ = hold(64, 4, monkeypatch)
-    assert p50 == pytest.approx(STEP_S, rel=0.25)
-    assert p99 < 5 * STEP_S
-    assert tok_per_s > 0.6 * 64 / STEP_S
+    assert p50 < 2 * STEP_S
+    assert p99 < 10 * STEP_S
+    assert tok_per_s > 0.4 * 64 / STEP_S
 
 
 @pytest.mark.slow
