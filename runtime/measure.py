@@ -129,7 +129,8 @@ def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step],
     span = window[1] - window[0] if window[1] > window[0] else max((s.end_s for s in mine), default=0.0)
     busy = sum(s.end_s - s.start_s for s in shown)
     kv = [rank["kv"] for s in shown for rank in s.ranks]
-    moved = [f for f in sent if f.transfer is not None and (f.entry if pool.role == "prefill" else f.decoder).pool == index]
+    moved = [f for f in sent if f.transfer is not None
+             and (f.entry if pool.role == "prefill" else f.decoder or f.entry).pool == index]
     names = sorted({name for s in shown for name in s.parts})
     return PoolResult(
         role=pool.role, instances=pool.instances, gpus=pool.gpus, dp=pool.dp, tp=pool.tp, ep=pool.ep,
@@ -228,11 +229,11 @@ def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], st
         if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
             here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}
             there = {"pid": base[flight.decoder.pool, flight.decoder.instance], "tid": flight.decoder.dp_rank}
-            name = {"name": f"KV of request {flight.request_id}", "cat": "kv", "id": flight.request_id}
+            what = {"name": f"KV of request {flight.request_id}", "cat": "kv", "id": flight.request_id}
             began, ended = (_us(t - start) for t in flight.transfer)
-            events += [{**name, **here, "ph": "b", "ts": began, "args": {"tokens": len(flight.prompt)}},
-                       {**name, **here, "ph": "e", "ts": ended}, {**name, **here, "ph": "s", "ts": began},
-                       {**name, **there, "ph": "f", "bp": "e", "ts": ended}]
+            events += [{**what, **here, "ph": "b", "ts": began, "args": {"tokens": len(flight.prompt)}},
+                       {**what, **here, "ph": "e", "ts": ended}, {**what, **here, "ph": "s", "ts": began},
+                       {**what, **there, "ph": "f", "bp": "e", "ts": ended}]
     return events[:heads] + sorted(events[heads:], key=lambda e: (e["ts"], e["pid"], e["tid"]))
 
 

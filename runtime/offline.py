@@ -106,7 +106,7 @@ class _Load:
         entries = len(self.frontend.targets.entries)
         isl, osl = int(np.median(self.traffic.isl)), int(min(8, self.traffic.osl.max()))
         for _ in range(_WARMUP_ROUNDS):
-            prompts = [self._prompt(isl) for _ in range(2 * entries)]
+            prompts = [self._prompt(isl) for _ in range(min(2 * entries, self.frontend.plan.max_outstanding or 2 * entries))]
             streams = [self.frontend.submit(prompt, SamplingParams(max_tokens=osl, ignore_eos=True)) for prompt in prompts]
             for stream in streams:
                 async for _ in stream:

@@ -146,6 +146,10 @@ def _kv_blocks(model: ModelSpec, pool: PoolPlan, at: RankLayout, options: Engine
 
 
 def _free_memory_bytes() -> int:
+    """What the machine could still give without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

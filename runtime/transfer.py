@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def _send(rank: Rank, message: Message) -> int:
     for cache in rank.kv:
         for peer, first, last in message["routes"]:
             part = read_kv(cache, message["blocks"], message["tokens"], (first, last)).cpu()
-            guarded(lambda part=part, peer=peer: dist.send(part, peer, tag=message["tag"]))
+            guarded(partial(dist.send, part, peer, tag=message["tag"]))
             n_bytes += part.numel() * part.element_size()
     return n_bytes
 
@@ -46,7 +47,7 @@ def _receive(rank: Rank, message: Message) -> int:
             shape = (message["tokens"], *cache.shape[2:]) if cache.dim() == 3 else \
                 (message["tokens"], 2, last - first, cache.shape[-1])
             part = torch.empty(shape, dtype=cache.dtype)
-            guarded(lambda part=part, peer=peer: dist.recv(part, peer, tag=message["tag"]))
+            guarded(partial(dist.recv, part, peer, tag=message["tag"]))
             write_kv(cache, message["blocks"], part.to(cache.device), (first, last))
             n_bytes += part.numel() * part.element_size()
     return n_bytes

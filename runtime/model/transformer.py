@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ class DenseFfn:
 class MoeFfn:
     """Router, routed experts by dispatch and combine, shared experts."""
 
-    def __init__(self, model: ModelSpec, at: RankLayout, i: int, params: Params, rig: Rig, slot_experts: list[int]) -> None:
+    def __init__(self, model: ModelSpec, at: RankLayout, i: int, params: Params, rig: Rig, slot_experts: Sequence[int]) -> None:
         assert model.moe is not None
         self.moe, self.at, self.rig = model.moe, at, rig
         self.router, self.router_bias = params[f"{i}.router"], params.get(f"{i}.router_bias")
@@ -174,7 +174,7 @@ def token_share(tokens: int, parts: int, part: int) -> tuple[int, int]:
     return min(part * each, tokens), min((part + 1) * each, tokens)
 
 
-def replica_table(slot_experts: list[int], experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def replica_table(slot_experts: Sequence[int], experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots of every expert [E, most replicas], how many of them count [E]). Every expert needs a slot."""
     slots: list[list[int]] = [[] for _ in range(experts)]
     for slot, expert in enumerate(slot_experts):
