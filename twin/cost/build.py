@@ -46,6 +46,12 @@ class Site:
     profile: Interpolator | None
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether tokens travel to experts. Under TP alone all ranks hold all tokens: engines that keep them so sum the
+        experts' partial results in the all-reduce instead."""
+        return self.pool.dp > 1 or (self.pool.ep > 1 and not self.engine.tp_reduces_experts)
+
+    @property
     def launch_s(self) -> float:
         """Seconds from one kernel to the next: inside a CUDA graph, or on a CPU the operator's own dispatch."""
         return self.engine.eager_launch_s * 1.5 if self.gpu.kind == "cpu" else self.engine.graph_launch_s
@@ -120,20 +126,20 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         left, measured = split_measured(ops, ask, (table.compute, table.memory))
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
-    collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile)
+    collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile,
+                                 routed=site.exchanges_tokens and site.pool.ep > 1)
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
                  site.engine.late_s * typical_max(site.pool.world), site.pool.dp)
 
 
 def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:
-    if site.profile is not None:
-        found = measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name,
-                                     model.moe_layers, compute_share)
-        if found is not None:
-            return found
     rates = site.efficiency
-    return expert_cost(work, model, site.precision, site.pool, site.gpu, rates.get("experts", rates["default"]),
-                       rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
+    plain = expert_cost(work, model, site.precision, site.pool, site.gpu, rates.get("experts", rates["default"]),
+                        rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
+    if site.profile is None:
+        return plain
+    return measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name, model.moe_layers,
+                                plain, compute_share) or plain
 
 
 @dataclass(frozen=True)
@@ -153,15 +159,17 @@ class Crossing:
 def crossings(site: Site) -> tuple[Crossing, ...]:
     """Dispatch and combine of one MoE layer. Empty when all of an instance's tokens are where its experts are."""
     pool, model = site.pool, site.model
-    if pool.ep == 1 and pool.dp == 1:
+    if not site.exchanges_tokens:
         return ()
+    assert model.moe is not None
     protocol = site.protocol if pool.ep > 1 else PROTOCOLS["ag_rs" if site.gpu.kind == "gpu" else "gloo"]
     # tokens of a DP rank are on all its TP ranks: each sends its part, once for every rank that shares an expert
     part = (1 if protocol.pattern == "rail_all" else pool.expert_tp) / pool.tp
     senders = np.repeat(np.eye(pool.dp), pool.tp, axis=0) * part
     reach = reach_of(site)
     scales = model.hidden / 128 * 4 if site.precision.dispatch == "fp8" else 0.0  # an fp32 scale for every 128 elements
-    out_bytes = model.hidden * bytes_of(site.precision.dispatch) + scales
+    choices = 8.0 * model.moe.top_k  # an expert's number and weight for each choice
+    out_bytes = model.hidden * bytes_of(site.precision.dispatch) + scales + choices
     back_bytes = model.hidden * (4.0 if site.precision.weights == "fp32" else 2.0)
     return (Crossing("dispatch", protocol, protocol.dispatch, reach, senders, out_bytes, False),
             Crossing("combine", protocol, protocol.combine, reach, senders, back_bytes, True))

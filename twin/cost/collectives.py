@@ -53,11 +53,11 @@ def _curve(network: Network, gpus: Ints, kind: str, profile: Interpolator | None
 
 
 def tp_collectives(model: ModelSpec, precision: Precision, pool: PoolPlan, network: Network, gpus_R: Ints,
-                   profile: Interpolator | None = None) -> list[Collective]:
+                   profile: Interpolator | None = None, *, routed: bool = True) -> list[Collective]:
     """What TP adds to a step: one all-reduce after attention and one after the FFN of every layer, and the logits.
 
-    Where experts are reached by all-to-all, each rank of a TP group sends its share of the tokens and what comes back is
-    gathered over the group (all-reduced when shared experts are cut over TP, whose partial sums ride along).
+    Where experts are reached by all-to-all (`routed`), each rank of a TP group sends its share of the tokens and what comes
+    back is gathered over the group (all-reduced when shared experts are cut over TP, whose partial sums ride along).
     """
     tp = pool.tp
     if tp <= 1:
@@ -71,8 +71,7 @@ def tp_collectives(model: ModelSpec, precision: Precision, pool: PoolPlan, netwo
     reduce, reduce_from = _curve(network, group, "all_reduce", profile)
     gather, gather_from = _curve(network, group, "all_gather", profile)
     tokens, rows = INDEX["tokens"], INDEX["rows"]
-    routed = model.moe_layers if pool.ep > 1 else 0
-    gathered = 0 if model.shared_params else routed
+    gathered = model.moe_layers if routed and not model.shared_params else 0
     reduced = model.layers + (model.layers - gathered) + 1  # + 1: the embedding is cut by vocabulary
     found = [Collective("tp/all_reduce", tokens, token, float(reduced), log_bytes, reduce, reduce_from),
              Collective("tp/logits", rows, row, 1.0, log_bytes, gather, gather_from)]

@@ -24,7 +24,8 @@ class Engine:
     graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
     reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
     (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
-    shared_overlap: shared experts run beside the all-to-all; tbo_compute_slowdown: how much longer kernels take while
+    shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed
+    in the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while
     the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
     arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
     latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with).
@@ -42,6 +43,7 @@ class Engine:
     ep_reserved_bytes: float
     activation_factor: float
     shared_overlap: bool
+    tp_reduces_experts: bool
     comm_nvlink: CommBackend
     comm_prefill: CommBackend
     comm_decode: CommBackend
@@ -65,26 +67,26 @@ _GIB = 2.0**30
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
     Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
-           activation_factor=16.0, shared_overlap=False,
+           activation_factor=16.0, shared_overlap=False, tp_reduces_experts=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel",
            note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
-           activation_factor=24.0, shared_overlap=False,
+           activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,
            comm_nvlink="ag_rs", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
            tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="module",
            note="default all-to-all is ag_rs; ep_reserved_bytes from its published free KV memory on H200"),
     Engine("sglang", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=2e-6, eager_launch_s=6e-6, helper_launches=5,
            graph_sizes=_SGLANG_GRAPHS, memory_fraction=0.88, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
-           activation_factor=24.0, shared_overlap=False,
+           activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,
            comm_nvlink="deepep_normal", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
            tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="module",
            note="overlap scheduler; late_s and slowdown from layer times on 96 H100: exchanges take 0.13 ms "
                 "a layer longer than alone"),
     Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6, helper_launches=4,
            graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
-           activation_factor=24.0, shared_overlap=True,
+           activation_factor=24.0, shared_overlap=True, tp_reduces_experts=True,
            comm_nvlink="symm", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
            tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="kernel",
            note="overlap scheduler; one-sided NVLink all-to-all"),

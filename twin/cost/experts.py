@@ -21,6 +21,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import PoolPlan, Precision
 
 _TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
+_UNTUNED = 2.0  # times the roofline, at the sizes of decode steps, beyond which a table is not believed
 _COARSE: Array = _TOKENS[::2]  # where layers differ, each costs its own row
 
 
@@ -103,10 +104,11 @@ def expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: 
 
 
 def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: PoolPlan, profile: Interpolator,
-                         protocol: str, layers: int, share: float = 1.0) -> ExpertCost | None:
+                         protocol: str, layers: int, roofline: ExpertCost, share: float = 1.0) -> ExpertCost | None:
     """From the profile's table of an evenly loaded layer, read at the tokens that would load every rank as the fullest is.
 
-    The table includes the permutation. None where no table of this layout is close enough.
+    The table includes the permutation. None where no table of this layout is close enough, or where it says several times
+    what `roofline` does: such rows were measured with the host in the way or with a kernel nobody tuned for the shape.
     """
     moe = model.moe
     assert moe is not None
@@ -122,4 +124,8 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     if evidence.half_width > 1.0:
         return None
     seconds = curve.many(work.tokens * work.pairs_max / work.pairs_mean) * layers / share
+    plain = np.exp(roofline.log_gemm_s) + np.exp(roofline.log_permute_s)
+    decoding = work.tokens <= 1024
+    if np.median((seconds / plain)[decoding]) > _UNTUNED:
+        return None
     return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), evidence)

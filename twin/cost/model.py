@@ -232,7 +232,7 @@ class CostModel:
     def memory(self) -> Memory:
         """Bytes on the fullest rank. Raises Infeasible("memory") when the pool does not fit, saying by how much."""
         if self._memory is None:
-            backend = self.site.protocol.name if self.pool.ep > 1 else "none"
+            backend = self.site.protocol.name if self.site.exchanges_tokens else "none"
             self._memory = memory_of(self.model, self.plan.precision, self.pool, self.site.engine,
                                      self.site.gpu.hbm_bytes, backend)
         return self._memory
