@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from twin.cost.efficiency import EfficiencyFile, best_first, fit_profile
-from twin.cost.holdout import Misses, across, hold_out, on_full_table, with_spread_against
+from twin.cost.holdout import Misses, across, hold_out, on_full_table, with_spread, with_spread_against
 from twin.cost.profile import Profile, ProfileStore, Table, dump_profile, load_profile
 from twin.cost.silicon import ENGINES, SYSTEMS, default_root, import_silicon
 from twin.cost.thin import thin
@@ -61,8 +61,17 @@ def thinned(profile: Profile, most_bytes: int, path: Path) -> Profile:
         result = profile.model_copy(update={"tables": tuple(small), "provenance": note})
         dump_profile(result, path)
         if path.stat().st_size <= most_bytes:
-            return result
+            return finished(path)
         scale *= 1.25
+
+
+def finished(path: Path) -> Profile:
+    """The file at `path`, with a spread for the tables that lost too little to show one; written back."""
+    profile = load_profile(path)
+    tables = tuple(t if t.spread is not None else with_spread(t, profile.peaks) for t in profile.tables)
+    whole = profile.model_copy(update={"tables": tables})
+    dump_profile(whole, path)
+    return whole
 
 
 @click.group()
@@ -72,10 +81,12 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--most-bytes", default=430_000, show_default=True, help="Size of one file.")
+@click.option("--system", "systems", multiple=True, default=SHIP_SYSTEMS, show_default=True)
+@click.option("--engine", "engines", multiple=True, default=ENGINES, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=SHIPPED)
-def ship(most_bytes: int, out: Path) -> None:
+def ship(most_bytes: int, systems: tuple[str, ...], engines: tuple[str, ...], out: Path) -> None:
     """Write thinned profiles."""
-    for profile in import_silicon(default_root(), SHIP_SYSTEMS):
+    for profile in import_silicon(default_root(), systems, engines):
         path = out / f"{profile.gpu}-{profile.engine}.json"
         small = thinned(profile, most_bytes, path)
         points = sum(t.n_points for t in small.tables), sum(t.n_points for t in profile.tables)

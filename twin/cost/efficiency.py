@@ -21,7 +21,7 @@ from twin.cost.work import work_of
 from twin.spec.base import Spec
 
 Share = Annotated[float, Field(gt=0, le=1)]
-_MOST_POINTS = 4000
+_MOST_POINTS = 1500
 
 
 class FittedEfficiency(Spec):

@@ -13,7 +13,7 @@ from twin.cost.grid import Array, Grid
 from twin.cost.interpolate import FREE_AXES, Interpolator, half_width, launch_s, log_ratio
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Table
 
-_SHEETS, _LINES = 24, 40  # of each table, as many sheets and as many fixed coordinates as are looked at
+_SHEETS, _LINES = 16, 24  # of each table, as many sheets and as many fixed coordinates as are looked at
 
 
 @dataclass(frozen=True)
