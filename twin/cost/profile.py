@@ -198,11 +198,16 @@ def load_profile(path: Path) -> Profile:
         raise SpecError(problems, file=path) from None
 
 
-def load_store(folder: Path | None = None) -> ProfileStore:
-    """All profiles of a folder; without one, those that ship with the package."""
+def load_store(folder: Path | None = None, gpus: Iterable[str] | None = None) -> ProfileStore:
+    """The profiles of a folder (those that ship, without one), or only those of some kinds of GPU.
+
+    Files are named `<gpu>-<engine>.json`. Where none is of those kinds, all are loaded: something to transfer from.
+    """
     folder = folder or Path(__file__).parent / "profiles"
     paths = sorted(p for p in folder.glob("*.json") if p.name != "efficiency.json")
-    return ProfileStore(tuple(sorted((load_profile(p) for p in paths), key=lambda p: p.id)))
+    keys = {gpu_key(gpu) for gpu in gpus or ()}
+    chosen = [p for p in paths if p.name.split("-")[0] in keys] or paths
+    return ProfileStore(tuple(sorted((load_profile(p) for p in chosen), key=lambda p: p.id)))
 
 
 def dump_profile(profile: Profile, path: Path) -> None:

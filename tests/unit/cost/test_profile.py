@@ -108,6 +108,15 @@ def test_shipped_profiles_are_small_credited_and_load() -> None:
         assert all(t.spread is not None for t in shipped.tables if t.n_points > 50)
 
 
+def test_a_store_of_some_gpus_only(tmp_path: Path) -> None:
+    for gpu in ("h200", "h100"):
+        dump_profile(profile(gemm(), gpu=gpu), tmp_path / f"{gpu}-vllm.json")
+    (tmp_path / "efficiency.json").write_text("{}")
+    assert [p.gpu for p in load_store(tmp_path)] == ["h100", "h200"]
+    assert [p.gpu for p in load_store(tmp_path, ["NVIDIA H200"])] == ["h200"]
+    assert [p.gpu for p in load_store(tmp_path, ["MI300X"])] == ["h100", "h200"]
+
+
 def test_shipped_efficiencies_answer_by_gpu_engine_and_dtype() -> None:
     fits = load_efficiency()
     gemm_fit = fits.find("NVIDIA H200", "gemm", "bf16", "trtllm")
