@@ -34,14 +34,15 @@ def main() -> None:
     code = 0
     try:
         _serve(briefing, rank, world, control, clock)
+        control.closing = True  # from here on the front end may hang up
         control.send({"ev": "bye"})
     except BaseException as err:
         traceback.print_exc()
+        control.closing = True
         kind = "peer" if isinstance(err, PeerLost) else "error"
         control.send({"ev": "failed", "kind": kind, "phase": board.read(rank)[0], "type": type(err).__name__,
                       "error": str(err)[:2000] or type(err).__name__})
         code = 1
-    control.closing = True
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # destroying process groups may wait for ranks that are gone

@@ -134,7 +134,7 @@ def test_calibration_files_are_what_the_twin_reads(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "tiny", tiny_config("qwen3_moe", hidden=64, layers=2, experts=8, top_k=2, context=128))
     plan = Plan(pools=(PoolPlan(role="mixed", **{**POOL, "max_num_seqs": 4}),))
     said: list[str] = []
-    profile_path, steps_path = calibrate(model, plan, budget_s=10.0, progress=said.append).write(tmp_path / "out")
+    profile_path, steps_path = calibrate(model, plan, budget_s=6.0, progress=said.append).write(tmp_path / "out")
     profile = load_profile(profile_path)
     assert {t.operator for t in profile.tables} == {"gemm", "moe", "attention_decode", "attention_prefill"}
     steps = json.loads(steps_path.read_text())
