@@ -123,7 +123,7 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         attention, tp = model.attention, site.pool.tp
         ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
                   0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module")
-        left, measured = split_measured(ops, ask, (table.compute, table.memory))
+        left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile,

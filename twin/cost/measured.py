@@ -23,6 +23,7 @@ _STEPS = 4  # knots an octave of the tables that steps are read from
 _ROWS: Array = np.exp2(np.arange(0.0, 20.01, 1 / _STEPS))
 _BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
 _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
+_HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
 
 
@@ -159,28 +160,44 @@ class Ask:
     module: bool
 
 
-def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array]) -> tuple[list[Op], list[Measured]]:
+def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Array]) -> tuple[list[Op], list[Measured]]:
     """Operators that stay with the roofline, and the tables that answer for the others. `bounds` are the roofline's
-    coefficient matrices [f, o] of `ops`."""
+    coefficient matrices [f, o] of `ops`: compute, memory, launches."""
     left: list[Op] = []
-    rows: dict[str, list[tuple[Op, Curve]]] = {}
+    rows: dict[str, list[tuple[str, Array, Evidence]]] = {}
     found: list[Measured] = []
     for j, op in enumerate(ops):
         curve = _curve(op, ask)
         if curve is None:
             left.append(op)
         elif op.matrix is not None:
-            rows.setdefault(next(iter(op.flops)), []).append((op, curve))
+            log_s, evidence = _product(op, curve, ask.share, bounds[0][:, j], bounds[1][:, j], bounds[2][:, j])
+            rows.setdefault(next(iter(op.flops)), []).append((op.key, log_s, evidence))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
             table = np.log(curve.many(_BATCH[:, None], _LENGTH[None, :]))
             found.append(Surface(op, table, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
                                  (evidence_of(curve, 32, 2048),), products))
-    for feature, pairs in sorted(rows.items()):
-        each = np.log(np.stack([curve.many(_ROWS) * op.layers / ask.share for op, curve in pairs]))
-        found.append(RowTable(INDEX[feature], tuple(op.key for op, _ in pairs), each, np.log(np.exp(each).sum(axis=0)),
-                              tuple(evidence_of(curve, 128) for _, curve in pairs)))
+    for feature, entries in sorted(rows.items()):
+        each = np.stack([log_s for _, log_s, _ in entries])
+        found.append(RowTable(INDEX[feature], tuple(key for key, _, _ in entries), each, np.log(np.exp(each).sum(axis=0)),
+                              tuple(evidence for _, _, evidence in entries)))
     return left, found
+
+
+def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, launch: Array) -> tuple[Array, Evidence]:
+    """Log seconds of a dense product over `_ROWS`, all layers, and where they come from.
+
+    A table that says several times what a roofline does at 16 and 64 rows was timed with the host in the way: what it
+    shows there is the host, and only where it has risen well above its floor is it the kernel.
+    """
+    feature, gate = INDEX[next(iter(op.flops))], INDEX[op.gate]
+    measured = curve.many(_ROWS) * op.layers / share
+    bound = np.maximum(compute[feature] * _ROWS, memory[feature] * _ROWS + memory[gate]) + launch[gate]
+    if min((measured / bound)[[4 * _STEPS, 6 * _STEPS]]) <= _HOST_BOUND:
+        return np.log(measured), evidence_of(curve, 128)
+    risen = np.clip(measured / measured[0] - 1.0, 0.0, 1.0)
+    return np.log(bound) + risen * np.log(measured / bound), Evidence("mixed", 0.25)
 
 
 def _curve(op: Op, ask: Ask) -> Curve | None:
