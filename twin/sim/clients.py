@@ -40,8 +40,8 @@ class Clients:
         """Begin to send to a service, whose `ended` must call `request_ended`; with `in_flight` requests already there."""
         self.service = service
         for request in self._in_flight(in_flight):
-            self.background.append(request)
-            service.resume(request)
+            if service.resume(request):
+                self.background.append(request)
         if self.traffic.arrival_s is not None:
             self.clock.process(self._arrivals(self.traffic.arrival_s))
         else:

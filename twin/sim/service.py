@@ -120,8 +120,11 @@ class Service:
         site.instance.enqueue(site.rank, request)
         return decision
 
-    def resume(self, request: Request) -> None:
-        """A request that was in decode before the run began: straight to a rank that decodes."""
+    def resume(self, request: Request) -> bool:
+        """A request that was in decode before the run began: straight to a rank that decodes. False for one that could not
+        be here, because it never fits."""
+        if not self._decide(request).admitted:
+            return False
         self.requests[request.id] = request
         self._outstanding += 1
         self._outstanding_tokens += request.isl + request.osl
@@ -129,6 +132,7 @@ class Service:
         request.prefill_instance = request.decode_instance = site.instance.number
         request.prefill_rank = request.decode_rank = site.rank
         site.instance.enqueue(site.rank, request)
+        return True
 
     def _decide(self, request: Request) -> Decision:
         for targets, tokens in ((self.entry, request.isl), (self.decode, request.isl + request.osl - 1)):

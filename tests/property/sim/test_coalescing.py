@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sim_kit import LinearCosts, cluster, pool, scenario, workload
 from test_conservation import scenarios
 
@@ -16,15 +17,16 @@ def told(output: SimOutput) -> tuple:
     return (output.result.model_dump_json(exclude={"provenance"}), [r.model_dump_json() for r in output.requests], output.trace)
 
 
-def both(question, costs) -> tuple[SimOutput, SimOutput]:
-    each = [simulate(question, question.plan, cost_models=costs, coalesce=coalesce) for coalesce in (True, False)]
+def both(question, costs, in_flight=0) -> tuple[SimOutput, SimOutput]:
+    each = [simulate(question, question.plan, cost_models=costs, coalesce=coalesce, in_flight=in_flight)
+            for coalesce in (True, False)]
     return each[0], each[1]
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(scenarios())
-def test_steps_taken_at_once_are_the_steps_taken_one_by_one(case):
-    fast, slow = both(*case)
+@given(scenarios(), st.sampled_from([0, 0, 6]))
+def test_steps_taken_at_once_are_the_steps_taken_one_by_one(case, in_flight):
+    fast, slow = both(*case, in_flight)
     assert told(fast) == told(slow)
 
 
