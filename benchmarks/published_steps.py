@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from twin.cost.batch import StepBatch
+from twin.cost.comm import kv_transfer_s
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
+from twin.cost.network import Network
 from twin.spec.load import load_cluster, load_model
 from twin.spec.plan import Plan, PoolPlan, Precision
 from twin.spec.scenario import Routing
@@ -73,7 +75,7 @@ def steps(evidence: Evidence | None) -> Iterator[Row]:
     for seqs, tbo, published in ((256, True, 22310), (256, False, 17800), (128, True, 17200), (128, False, 15000)):
         batch = StepBatch.decode([seqs], [seqs * 2050])
         yield throughput(f"SGLang EP72 decode, {seqs} seqs a GPU, {'TBO' if tbo else 'no TBO'}",
-                         cost("h100-9x8", "sglang", evidence, **wide, tbo=tbo), batch, seqs, published / 8, LMSYS, fitted=tbo)
+                         cost("h100-9x8", "sglang", evidence, **wide, tbo=tbo), batch, seqs, published / 8, LMSYS, fitted=True)
     yield throughput("SGLang EP72 decode, 128 seqs, MTP of 1 at 60%", cost(
         "h100-9x8", "sglang", evidence, **wide, tbo=True, mtp_draft_tokens=1), StepBatch.decode([128], [128 * 4050]),
         128 * 1.6, 17373 / 8, LMSYS)
@@ -82,9 +84,10 @@ def steps(evidence: Evidence | None) -> Iterator[Row]:
     # a popularity under which the fullest of 32 ranks has 1 / 0.80 of the mean, the balancedness that the blog reports
     uneven = Routing(kind="lognormal", sigma=0.32)
     yield throughput("SGLang EP32 prefill, 16k tokens, TBO, perfect balance", cost(
-        "h100-4x8", "sglang", evidence, **even, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 59337 / 8, LMSYS)
+        "h100-4x8", "sglang", evidence, **even, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 59337 / 8, LMSYS, fitted=True)
     yield throughput("SGLang EP32 prefill, 16k tokens, TBO, balancedness 0.80", cost(
-        "h100-4x8", "sglang", evidence, uneven, **prefill, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 50302 / 8, LMSYS)
+        "h100-4x8", "sglang", evidence, uneven, **prefill, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 50302 / 8, LMSYS,
+        fitted=True)
     yield throughput("SGLang EP32 prefill, 8k tokens, no TBO, balancedness 0.80", cost(
         "h100-4x8", "sglang", evidence, uneven, **prefill), StepBatch.prefill([8192], 0, 2), 8192, 36100 / 8, LMSYS)
     yield throughput("DeepSeek profile EP32 prefill, 16k tokens, TBO", cost("h800-4x8", "sglang", evidence, **prefill, tbo=True),
@@ -121,19 +124,28 @@ def exchanges() -> Iterator[Row]:
                           microseconds / 1.15, microseconds * 1.15, gpu == "h200", DEEPEP)
 
 
+def hand_overs() -> Iterator[Row]:
+    """KV of one prompt from node to node: milliseconds."""
+    source = "Mooncake documentation, Qwen3-8B TP8 on 2 x 8 H800, 8 x 400G RoCE"
+    network = Network(load_cluster("h800-2x8"))
+    for megabytes, published in ((146, 1.5), (578, 4.75), (1130, 8.84), (4500, 31.65)):
+        ms = kv_transfer_s(network, range(8), range(8, 16), megabytes * 1e6) * 1e3
+        yield Row(f"KV hand-over of {megabytes} MB, 8 GPUs to 8", "ms", published, ms, ms / 1.2, ms * 1.2, True, source)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--roofline", action="store_true", help="leave the engine profiles out")
     options = parser.parse_args()
     evidence = None if options.roofline else Evidence.load()
-    rows = [*steps(evidence), *exchanges()]
+    rows = [*steps(evidence), *exchanges(), *hand_overs()]
     print(f"{'':62s} {'published':>10s} {'predicted':>10s} {'error':>7s}  80% interval")
     for row in rows:
         mark = " (fitted)" if row.fitted else ""
         print(f"{row.name:62s} {row.published:10.1f} {row.predicted:10.1f} {row.error:+7.1%}  "
               f"[{row.low:.0f}, {row.high:.0f}] {row.unit}{mark}")
-    for kind in ("tok/s/GPU", "us"):
+    for kind in ("tok/s/GPU", "us", "ms"):
         errors = [abs(row.error) for row in rows if row.unit == kind]
         print(f"{kind}: {len(errors)} rows, median {median(errors):.1%}, worst {max(errors):.1%}")
     if options.json:

@@ -7,14 +7,15 @@ Legend: R ranks of the instance, d DP ranks, N nodes (NVLink domains), p chance 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from twin.cost.batch import Array
-from twin.cost.network import Ints, Network
-from twin.cost.protocols import PROTOCOLS, Phase, Protocol
+from twin.cost.network import Flow, Ints, Network
+from twin.cost.protocols import KV_BASE_S, KV_EFFICIENCY, PROTOCOLS, Phase, Protocol
 from twin.spec.base import Source
 
 
@@ -152,6 +153,15 @@ def _largest(seconds: Array) -> tuple[Array, Array]:
     mark = np.round(mix @ np.sqrt(np.arange(2.0, 2.0 + mix.shape[1])), 7)  # equal mixes have equal marks
     _, first = np.unique(mark, return_index=True)
     return busy[order][np.sort(first)], alone
+
+
+def kv_transfer_s(network: Network, sources: Sequence[int], destinations: Sequence[int], n_bytes: float) -> float:
+    """Seconds to hand `n_bytes` from the GPUs of one rank to those of another, alone on the network: cut evenly over the
+    wider side's GPUs, at the part of link rate that transfer engines reach, plus what each hand-over costs at least."""
+    pairs = max(len(sources), len(destinations))
+    flows = [Flow(sources[i * len(sources) // pairs], destinations[i * len(destinations) // pairs],
+                  n_bytes / pairs / KV_EFFICIENCY) for i in range(pairs)]
+    return KV_BASE_S + float(network.finish_s(flows).max())
 
 
 def protocol_of(name: str) -> Protocol:

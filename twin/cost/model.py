@@ -6,6 +6,7 @@ host. `step` returns it in parts whose sum is the total; `step_s` and `decode_s`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +30,7 @@ from twin.spec.plan import Plan, PoolPlan
 from twin.spec.results import Memory
 from twin.spec.scenario import Routing
 
+_CPU_RESERVED_BYTES = 300e6
 _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
 
 
@@ -233,8 +235,10 @@ class CostModel:
         """Bytes on the fullest rank. Raises Infeasible("memory") when the pool does not fit, saying by how much."""
         if self._memory is None:
             backend = self.site.protocol.name if self.site.exchanges_tokens else "none"
-            self._memory = memory_of(self.model, self.plan.precision, self.pool, self.site.engine,
-                                     self.site.gpu.hbm_bytes, backend)
+            engine = self.site.engine
+            if self.site.gpu.kind == "cpu":  # a process, no GPU context
+                engine = replace(engine, reserved_bytes=_CPU_RESERVED_BYTES)
+            self._memory = memory_of(self.model, self.plan.precision, self.pool, engine, self.site.gpu.hbm_bytes, backend)
         return self._memory
 
     @property

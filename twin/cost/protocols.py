@@ -98,5 +98,6 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
 # Collectives of tensor parallelism on top of the graph's time: fraction of link rate and fixed seconds. nccl-tests and
 # CUDA-graph replays on 8 x H200: all-reduce 128 KiB 21 us, 2 MiB 37 us, 32 MiB 197 us; 512 MiB 2.04 ms.
 TP_EFFICIENCY, TP_BASE_S = 0.80, 6e-6
-# Point-to-point KV transfer: 4 GB in 31.65 ms over 8 rails of 400G (0.36 of NIC: copies staged), 146 MB in 1.5 ms.
-KV_EFFICIENCY, KV_BASE_S = 0.9, 0.5e-3
+# Point-to-point KV transfer over RDMA: Mooncake on 2 x 8 H800, 8 x 400G: 146 / 578 / 1130 / 4500 MB in 1.5 / 4.75 / 8.84 /
+# 31.65 ms, a slope of 144 of 400 GB/s and 0.5 ms; UCX and UCCL through NIXL 4 GiB in 0.36 s over 200G: 12 of 25 GB/s.
+KV_EFFICIENCY, KV_BASE_S = 0.37, 0.5e-3
