@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from twin.commands.shared import Progress, json_option, out_option, overrides, pool, render_report, say, table, workers_option
+from twin.plan.bounds import Bounds
 from twin.plan.evaluate import load_unit, offered_load
 from twin.plan.search import fewest_gpus, search
 from twin.sim import simulate
@@ -22,7 +23,7 @@ requests_option = click.option(
     type=click.IntRange(20, 1_000_000),
     default=400,
     show_default=True,
-    help="Requests in each simulation of the search.",
+    help="Least requests of a simulation in the search.",
 )
 top_option = click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the table.")
 
@@ -49,7 +50,7 @@ def plan(
     began = time.monotonic()
     progress = Progress()
     with pool(workers) as executor:
-        found = search(question, executor=executor, progress=progress, max_requests=requests, command="eptwin plan")
+        found = search(question, executor=executor, progress=progress, min_requests=requests, command="eptwin plan")
     progress.close()
     say(
         f"considered {found.considered} plans in {time.monotonic() - began:.1f} s: "
@@ -70,7 +71,10 @@ def plan(
 def write(out: Path, question: Scenario, found: SearchResult) -> None:
     """The run directory of a search: its winner simulated in full beside it."""
     assert found.best is not None
-    answer = simulate(question, found.best.plan)
+    bounds = Bounds(question)
+    open_loop = question.workload.arrivals.kind in ("poisson", "deterministic")
+    in_flight = bounds.in_flight(found.best.plan, offered_load(question.workload)) if open_loop else 0
+    answer = simulate(question, found.best.plan, in_flight=in_flight)
     write_run(
         out,
         scenario=question,
@@ -150,7 +154,7 @@ def size(scenario: str, overrides: tuple[str, ...], as_json: bool, workers: int 
     progress = Progress()
     with pool(workers) as executor:
         nodes, found = fewest_gpus(
-            question, node_counts=range(1, max_nodes + 1), executor=executor, progress=progress, max_requests=requests
+            question, node_counts=range(1, max_nodes + 1), executor=executor, progress=progress, min_requests=requests
         )
     progress.close()
     if as_json:

@@ -20,6 +20,7 @@ class Job:
     plan_json: str
     load: float
     max_requests: int | None
+    in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def run(job: Job) -> Evaluation:
     scenario = Scenario.model_validate_json(job.scenario_json)
     plan = Plan.model_validate_json(job.plan_json)
     loaded = scenario.model_copy(update={"workload": at_load(scenario.workload, job.load)})
-    result = simulate(loaded, plan, max_requests=job.max_requests, record_trace=False).result
+    result = simulate(loaded, plan, max_requests=job.max_requests, record_trace=False, in_flight=job.in_flight).result
     reason = missed(result, scenario.workload.slo)
     return Evaluation(job.load, not reason, reason, metrics_of(result))
 

@@ -20,6 +20,7 @@ from twin.spec.scenario import Scenario
 
 Progress = Callable[[str, int, int], None]
 CAPACITY_ROUNDS = 3
+MAX_REQUESTS = 4000
 WAVE = 8
 """Simulations per wave. Fixed, so that the answer does not depend on how many processes work on it."""
 
@@ -45,11 +46,12 @@ def search(
     *,
     executor: Executor | None = None,
     progress: Progress | None = None,
-    max_requests: int | None = 400,
+    min_requests: int = 400,
     command: str = "",
 ) -> SearchResult:
     """Find the plan that carries the most load per GPU within the objectives.
 
+    Each simulation has at least `min_requests` requests, and as many as arrive in twice the time that one takes.
     Deterministic whatever `executor` runs the simulations (None: this process). Raises Infeasible, with the constraint
     that binds, when no plan serves the offered load.
     """
@@ -60,25 +62,26 @@ def search(
     entries, considered = _bounded(scenario, bounds, pruned, failures, say)
     if not entries:
         raise _nothing_fits(scenario, pruned, failures)
-    offered = offered_load(scenario.workload)
     chosen = _shortlist(entries, scenario.search.simulate_top)
     pruned["bound"] += len(entries) - len(chosen)
-    _simulate(scenario, [(entry, offered) for entry in chosen], executor, max_requests, say, "simulate")
+    trials = Trials(scenario, bounds, executor, min_requests, say)
+    trials.simulate([(entry, trials.offered) for entry in chosen], "simulate")
     for entry in chosen:
         entry.offered = entry.points[0]
     if scenario.workload.arrivals.kind != "burst":
-        _find_capacity(scenario, chosen, offered, executor, max_requests, say)
+        trials.find_capacity(chosen)
     ranked = sorted(chosen, key=_merit)
     best = ranked[0]
     if best.offered is None or not best.offered.ok:
         raise _offered_too_much(scenario, ranked)
-    candidates = _candidates(ranked, offered)
+    candidates = _candidates(ranked, trials.offered)
     return SearchResult(
         name=scenario.name, model=scenario.model.name, cluster=scenario.cluster.name, considered=considered,
         pruned=dict(sorted(pruned.items())), candidates=candidates, best=candidates[0],
         explanation=tuple(explain(scenario, ranked, candidates, bounds, load_unit(scenario.workload))),
         provenance=provenance(scenario, seed=scenario.seed, command=command),
-        assumptions=(f"capacity is searched with {max_requests or 'all'} requests a simulation, on common random numbers",),
+        assumptions=(f"capacity is searched with simulations of at least {min_requests} requests on common random numbers, open loops "
+                     "beginning in their steady state",),
     )  # fmt: skip
 
 
@@ -126,62 +129,63 @@ def _shape_of(plan: Plan) -> tuple[object, ...]:
     return tuple((pool.role, pool.instances, pool.tp, pool.dp, pool.ep) for pool in plan.pools)
 
 
-def _simulate(
-    scenario: Scenario,
-    work: Sequence[tuple[Entry, float]],
-    executor: Executor | None,
-    max_requests: int | None,
-    say: Progress,
-    stage: str,
-) -> None:
-    """Run simulations in waves and add each evaluation to its entry, in order."""
-    text = scenario.model_copy(update={"plan": None}).model_dump_json()
-    done = 0
-    for start in range(0, len(work), WAVE):
-        wave = work[start : start + WAVE]
-        jobs = [Job(text, entry.plan.model_dump_json(), load, max_requests) for entry, load in wave]
-        results: Iterable[Evaluation] = executor.map(run, jobs) if executor is not None else map(run, jobs)
-        for (entry, _), evaluation in zip(wave, results, strict=True):
-            entry.points.append(evaluation)
-            done += 1
-            say(stage, done, len(work))
+class Trials:
+    """Simulations of entries under loads, on one scenario."""
 
+    def __init__(self, scenario: Scenario, bounds: Bounds, executor: Executor | None, min_requests: int, say: Progress) -> None:
+        self.scenario, self.bounds, self.executor, self.min_requests, self.say = scenario, bounds, executor, min_requests, say
+        self.kind = scenario.workload.arrivals.kind
+        self.offered = offered_load(scenario.workload)
+        self._text = scenario.model_copy(update={"plan": None}).model_dump_json()
 
-def _find_capacity(
-    scenario: Scenario, entries: list[Entry], offered: float, executor: Executor | None, max_requests: int | None, say: Progress
-) -> None:
-    """Narrow each plan's capacity: the highest load within the objectives, between what worked and what did not.
+    def simulate(self, work: Sequence[tuple[Entry, float]], stage: str) -> None:
+        """Run simulations in waves and add each evaluation to its entry, in order."""
+        done = 0
+        for start in range(0, len(work), WAVE):
+            wave = work[start : start + WAVE]
+            jobs = [self._job(entry, load) for entry, load in wave]
+            results: Iterable[Evaluation] = map(run, jobs) if self.executor is None else self.executor.map(run, jobs)
+            for (entry, _), evaluation in zip(wave, results, strict=True):
+                entry.points.append(evaluation)
+                done += 1
+                self.say(stage, done, len(work))
 
-    The bound caps the first try; a plan that fails the offered load is tried below it. Halving the gap each round
-    leaves at most 1/2**rounds of it unknown.
-    """
-    low = {id(e): (offered if e.points[0].ok else 0.0) for e in entries}
-    high = {id(e): (_bound_load(scenario, e, offered) if e.points[0].ok else offered) for e in entries}
-    for turn in range(CAPACITY_ROUNDS):
-        work = [
-            (e, _between(scenario, low[id(e)], high[id(e)]))
-            for e in entries
-            if high[id(e)] > low[id(e)] * 1.03 and _between(scenario, low[id(e)], high[id(e)]) > low[id(e)]
-        ]
-        _simulate(scenario, work, executor, max_requests, say, f"capacity {turn + 1}/{CAPACITY_ROUNDS}")
-        for entry, load in work:
-            (low if entry.points[-1].ok else high)[id(entry)] = load
+    def _job(self, entry: Entry, load: float) -> Job:
+        """Enough requests that those counted live under the full load: as many as arrive in twice the life of one."""
+        in_flight, requests = 0, self.min_requests
+        if self.kind in ("poisson", "deterministic"):
+            in_flight = self.bounds.in_flight(entry.plan, load)
+            requests = max(requests, min(2 * in_flight, MAX_REQUESTS))
+        elif self.kind == "closed_loop":
+            requests = max(requests, min(4 * int(load), MAX_REQUESTS))
+        return Job(self._text, entry.plan.model_dump_json(), load, requests, in_flight)
 
+    def find_capacity(self, entries: list[Entry]) -> None:
+        """Narrow each plan's capacity: the highest load within the objectives, between what worked and what did not.
 
-def _between(scenario: Scenario, low: float, high: float) -> float:
-    middle = (low + high) / 2
-    return float(round(middle)) if scenario.workload.arrivals.kind == "closed_loop" else middle
+        The bound caps the first try; a plan that fails the offered load is tried below it. Halving the gap each round
+        leaves at most 1/2**rounds of it unknown.
+        """
+        low = {id(e): (self.offered if e.points[0].ok else 0.0) for e in entries}
+        high = {id(e): (self._bound_load(e) if e.points[0].ok else self.offered) for e in entries}
+        for turn in range(CAPACITY_ROUNDS):
+            work = [(e, load) for e in entries if (load := self._between(low[id(e)], high[id(e)])) > low[id(e)] * 1.02]
+            self.simulate(work, f"capacity {turn + 1}/{CAPACITY_ROUNDS}")
+            for entry, load in work:
+                (low if entry.points[-1].ok else high)[id(entry)] = load
 
+    def _between(self, low: float, high: float) -> float:
+        middle = (low + high) / 2
+        return float(round(middle)) if self.kind == "closed_loop" else middle
 
-def _bound_load(scenario: Scenario, entry: Entry, offered: float) -> float:
-    """The load at which the bound says the plan is full, in the workload's own unit."""
-    kind = scenario.workload.arrivals.kind
-    if kind == "closed_loop":
-        return max(offered, sum(p.instances * p.dp * p.max_num_seqs for p in entry.plan.pools_of("decode", "mixed")))
-    if kind in ("poisson", "deterministic"):
-        return max(offered, entry.bound.requests_per_s)
-    measured = entry.points[0].metrics.get("requests_per_s", 0.0)
-    return offered * max(1.0, entry.bound.requests_per_s / measured) if measured else offered
+    def _bound_load(self, entry: Entry) -> float:
+        """The load at which the bound says the plan is full, in the workload's own unit."""
+        if self.kind == "closed_loop":
+            return max(self.offered, 2 * self.bounds.in_flight(entry.plan, entry.bound.requests_per_s))
+        if self.kind in ("poisson", "deterministic"):
+            return max(self.offered, entry.bound.requests_per_s)
+        measured = entry.points[0].metrics.get("requests_per_s", 0.0)
+        return self.offered * max(1.0, entry.bound.requests_per_s / measured) if measured else self.offered
 
 
 def _merit(entry: Entry) -> tuple[object, ...]:
@@ -200,7 +204,11 @@ def _merit(entry: Entry) -> tuple[object, ...]:
 
 def _candidates(ranked: list[Entry], offered: float) -> tuple[Candidate, ...]:
     points = [(e.capacity.metrics if e.capacity else {}) for e in ranked]
-    on_front = front([(p.get("tok_per_s_per_user", 0.0), p.get("tok_per_s_per_gpu", 0.0)) for p in points])
+    able = [
+        i for i, (entry, point) in enumerate(zip(ranked, points, strict=True)) if point and entry.offered and entry.offered.ok
+    ]
+    kept = front([(points[i]["tok_per_s_per_user"], points[i]["tok_per_s_per_gpu"]) for i in able])
+    on_front = {able[i] for i in kept}
     candidates = []
     for rank, (entry, point) in enumerate(zip(ranked, points, strict=True)):
         assert entry.offered is not None
@@ -211,7 +219,7 @@ def _candidates(ranked: list[Entry], offered: float) -> tuple[Candidate, ...]:
         candidates.append(
             Candidate(plan=entry.plan, stage="simulated", reason=entry.offered.reason, feasible=entry.offered.ok,
                       bound_tok_per_s_per_gpu=entry.bound.tok_per_s_per_gpu, metrics=dict(sorted(metrics.items())),
-                      pareto=bool(point) and rank in on_front, rank=rank + 1)
+                      pareto=rank in on_front, rank=rank + 1)
         )  # fmt: skip
     return tuple(candidates)
 
@@ -253,7 +261,7 @@ def fewest_gpus(
     node_counts: Sequence[int],
     executor: Executor | None = None,
     progress: Progress | None = None,
-    max_requests: int | None = 400,
+    min_requests: int = 400,
 ) -> tuple[int, SearchResult]:
     """The smallest number of nodes (of the first group) that serves the offered load, and its search.
 
@@ -271,7 +279,7 @@ def fewest_gpus(
                     scenario.model_copy(update={"cluster": cluster}),
                     executor=executor,
                     progress=progress,
-                    max_requests=max_requests,
+                    min_requests=min_requests,
                 )
             except Infeasible as error:
                 answers[nodes] = error

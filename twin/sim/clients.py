@@ -27,6 +27,7 @@ class Clients:
         self.done = clock.event()
         self.sent: list[Request] = []
         self.background: list[Request] = []
+        self.last_phase = 0  # of the event that ended the last request
         self._ended = 0
         self._all_sent = False
         closed = workload.arrivals.kind == "closed_loop"
@@ -80,7 +81,11 @@ class Clients:
         if self.traffic.arrival_s is None:
             self._think(request)
         if self._all_sent and self._ended == len(self.sent) and not self.done.triggered:
-            self.done.succeed()
+            self._finish()
+
+    def _finish(self) -> None:
+        self.last_phase = self.clock.phase
+        self.done.succeed()
 
     def _arrivals(self, arrival_s: NDArray[np.float64]) -> Generator[simpy.Event, Any, None]:
         for time_s in arrival_s.tolist():
@@ -111,7 +116,7 @@ class Clients:
         if number >= self._total or over:
             self._all_sent = True
             if self._ended == number and not self.done.triggered:
-                self.done.succeed()
+                self._finish()
             return
         if number >= len(self.traffic):
             self.traffic = sample_requests(self.workload, self.seed, max_requests=min(self._limit, 2 * number))

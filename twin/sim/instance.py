@@ -125,6 +125,14 @@ class Instance:
                 run.steps = steps
                 self.process.interrupt()
 
+    def settle(self) -> None:
+        """The simulation is over: log the steps of the run in flight that have ended by now."""
+        if self._run is not None:
+            self._run.steps = self._steps_done(self._run)
+            if self._run.steps:
+                self._run.first = self._log_run(self._run)
+                self.listener.stepped(self, self._run)
+
     def _steps_done(self, run: Run) -> int:
         """Steps of the run in flight that have ended; a boundary at this very moment has when its phase is over."""
         side: Literal["left", "right"] = "left" if self.clock.phase < self.phase else "right"
@@ -246,8 +254,8 @@ class Instance:
                 self.ranks[rank].handovers.append(item)
             elif self.pool.role == "prefill":
                 self.ranks[rank].add(item.id, item.isl, 1, computed_tokens=item.cached_tokens)
-            elif self.pool.role == "decode":  # its KV has landed in the memory that it was given
-                self.ranks[rank].incoming.remove(item.id)
+            elif self.pool.role == "decode" or item.first_token_s is not None:  # its KV is here already
+                self.ranks[rank].incoming.discard(item.id)
                 self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.isl, generated_tokens=1)
             else:
                 self.ranks[rank].add(item.id, item.isl, item.osl, computed_tokens=item.cached_tokens)

@@ -47,7 +47,8 @@ def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_reques
     `cost_models`: one for each pool, made here otherwise. `max_requests` shortens the traffic. `coalesce=False` takes
     decode steps one at a time: slower, same results. `detail` follows one step, from the middle of the run of the pool that
     decodes, layer by layer, and adds it to the trace. `in_flight` requests are in decode when the run begins, so that an
-    open loop need not fill the service first; they count for throughput alone. Raises Infeasible when the plan does not fit the cluster or its memory, SpecError for traffic that cannot be drawn.
+    open loop need not fill the service first; they count for throughput alone. Raises Infeasible when the plan does not
+    fit the cluster or its memory, SpecError for traffic that cannot be drawn.
     """
     costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
     breakdowns = [Breakdown() for pool in plan.pools for _ in range(pool.instances)]
@@ -101,8 +102,8 @@ def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestR
             breakdowns: list[Breakdown]) -> RunResult:
     workload, instances = scenario.workload, world.service.instances
     requests = world.clients.sent
-    window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
     background = [request.record() for request in world.clients.background]
+    window = counted_window([*background, *records], open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
     summary = summarise([*background, *records], workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
                         itl_s=gaps(instances, world.service.requests))
     by_pool = [together(breakdowns[i.number] for i in instances if i.pool_index == index) for index in range(len(plan.pools))]

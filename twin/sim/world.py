@@ -33,4 +33,7 @@ class World:
     def run(self) -> None:
         """Until every request has ended, and counts or not."""
         self.clock.run(until=self.clients.done)
+        self.clock.phase = self.clients.last_phase
+        for instance in self.service.instances:
+            instance.settle()
         self.clients.count()

@@ -11,6 +11,7 @@ Definitions, the same for a prediction and a measurement:
   load tests do (all tokens over the whole duration, ramp-down included). Open loops close it at the last arrival, when
   the offered load ends, because the time to drain says nothing about the load; where fewer than half of the counted
   requests finished by then, the run was shorter than its own requests and the window also runs to the last finish.
+  A run that began with requests in flight (negative ids) was full from the start and closes at the last arrival.
 - **rates**: everything that happened inside the window (after it opens: what ends at that very moment belongs to what
   came before) over its length, whoever did it: a request at its finish, its prompt at its first token, its output
   evenly from first token to finish. With no warm-up, a closed loop's rate is its total tokens over its duration.
@@ -123,7 +124,8 @@ def counted_window(records: Sequence[RequestRecord], *, open_loop: bool) -> tupl
         return (0.0, 0.0)
     start = min(r.arrival_s for r in counted)
     last_arrival = max(r.arrival_s for r in records)
-    if open_loop and 2 * sum(f <= last_arrival for f in finishes) >= len(counted):
+    warm = any(r.id < 0 for r in records)
+    if open_loop and (warm or 2 * sum(f <= last_arrival for f in finishes) >= len(counted)):
         return (start, last_arrival)
     return (start, finishes[-1])
 
