@@ -15,7 +15,7 @@ import numpy as np
 
 from twin.cost.batch import Array
 from twin.cost.network import Flow, Ints, Network
-from twin.cost.protocols import KV_BASE_S, KV_EFFICIENCY, PROTOCOLS, Phase, Protocol
+from twin.cost.protocols import KV_BASE_S, KV_EFFICIENCY, Phase, Protocol
 from twin.spec.base import Source
 
 
@@ -162,8 +162,3 @@ def kv_transfer_s(network: Network, sources: Sequence[int], destinations: Sequen
     flows = [Flow(sources[i * len(sources) // pairs], destinations[i * len(destinations) // pairs],
                   n_bytes / pairs / KV_EFFICIENCY) for i in range(pairs)]
     return KV_BASE_S + float(network.finish_s(flows).max())
-
-
-def protocol_of(name: str) -> Protocol:
-    """The protocol of that name. Raises KeyError for one we do not know ("auto" is resolved by the engine)."""
-    return PROTOCOLS[name]

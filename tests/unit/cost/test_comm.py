@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from cost_cases import cost_model, pool_of
 
+from twin.cost.batch import StepBatch
 from twin.cost.build import reach_of
-from twin.cost.comm import pattern_traffic
+from twin.cost.comm import kv_transfer_s, pattern_traffic
 from twin.cost.network import Network
 from twin.cost.protocols import PROTOCOLS
 from twin.cost.routing import sample_top_k
@@ -98,6 +99,24 @@ def test_the_published_deepep_tables_follow_from_bytes_and_a_few_constants() -> 
         for (_, exchange), truth in zip(cost.exchanges, measured, strict=True):
             nvlink_s, rdma_s = exchange.seconds(np.full(ranks, 128.0))
             assert (float(nvlink_s + rdma_s) + exchange.fixed_s) * 1e6 == pytest.approx(truth, rel=0.12)
+
+
+def test_kv_hand_over_uses_every_rail_and_costs_at_least_its_start() -> None:
+    """Mooncake, Qwen3-8B TP8 on 2 x 8 H800: 4.5 GB in 31.65 ms, 146 MB in 1.5 ms."""
+    network = Network(load_cluster("h800-2x8"))
+    assert kv_transfer_s(network, range(8), range(8, 16), 4.5e9) == pytest.approx(31.65e-3, rel=0.1)
+    assert kv_transfer_s(network, range(8), range(8, 16), 146e6) == pytest.approx(1.5e-3, rel=0.1)
+    narrow = kv_transfer_s(network, [0], range(8, 16), 4.5e9)  # one NIC sends what eight receive
+    assert narrow == pytest.approx(8 * kv_transfer_s(network, range(8), range(8, 16), 4.5e9), rel=0.05)
+
+
+def test_under_tp_alone_engines_sum_experts_in_the_all_reduce() -> None:
+    for engine, travels in (("vllm", False), ("sglang", False), ("trtllm", False), ("eptwin", True)):
+        cost = cost_model(R1, "h200-1x8", pool_of(tp=8, ep=8), engine=engine, precision=FP8)
+        assert bool(cost.exchanges) == travels
+        parts = cost.step(StepBatch.decode([8], [8000])).parts_s
+        assert ("moe/dispatch/latency" in parts) == travels
+        assert parts["tp/all_reduce"] > 0
 
 
 def test_more_nodes_never_make_an_exchange_faster() -> None:
