@@ -8,8 +8,8 @@ import click
 import numpy as np
 
 from twin.commands.shared import say, table
-from twin.cost.profile import write_profile
-from twin.cost.silicon import ENGINES, SYSTEMS, import_silicon
+from twin.cost.profile import dump_profile
+from twin.cost.silicon import ENGINES, SYSTEMS, default_root, import_silicon
 from twin.policy.traces import read_trace
 from twin.spec.errors import SpecError
 from twin.spec.load import load_cluster, load_model
@@ -83,9 +83,7 @@ def trace(source: Path, kind: str, max_rows: int, out: Path | None) -> None:
     ]
     click.echo(table(["tokens", "mean", "p50", "p90", "p99", "max"], lines))
     if out is not None:
-        write_text(
-            out, f"name: {source.stem}\narrivals: {{kind: trace, file: {source.resolve().as_posix()!r}, format: {kind}}}\n"
-        )
+        write_text(out, f"name: {source.stem}\narrivals: {{kind: trace, file: {str(source.resolve())!r}, format: {kind}}}\n")
         say(f"wrote {out}")
 
 
@@ -97,8 +95,8 @@ def trace(source: Path, kind: str, max_rows: int, out: Path | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Profile file to write.")
 def silicon(system: str, engine: str, version: str, root: Path | None, out: Path) -> None:
     """Make an engine profile of the measured operator tables in aiconfigurator-core (pip install 'eptwin[silicon]')."""
-    profiles = import_silicon(root, systems=[system], engines=[engine], version=version)
+    profiles = import_silicon(root or default_root(), [system], [engine], None if version == "newest" else version)
     if not profiles:
         raise SpecError(f"the tables hold nothing for {engine} on {system}")
-    write_profile(profiles[0], out)
+    dump_profile(profiles[0], out)
     say(f"wrote {out}: {len(profiles[0].tables)} tables")
