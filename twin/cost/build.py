@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -80,7 +81,13 @@ def resolve_protocol(pool: PoolPlan, engine: Engine, gpu: GpuSpec, one_domain: b
 
 
 def expert_layout(model: ModelSpec, pool: PoolPlan, routing: Routing, domains: int, seed: int) -> tuple[Array, Placement]:
-    """Popularity [L, E] and the placement of experts over EP ranks."""
+    """Popularity [L, E] and the placement of experts over EP ranks. A search asks for the same few again and again."""
+    alike = PoolPlan(role="mixed", dp=pool.ep, ep=pool.ep, redundant_experts=pool.redundant_experts, placement=pool.placement)
+    return _layout(model, alike, routing, domains, seed)
+
+
+@lru_cache(maxsize=64)
+def _layout(model: ModelSpec, pool: PoolPlan, routing: Routing, domains: int, seed: int) -> tuple[Array, Placement]:
     shares = popularity(model, routing, seed)
     return shares, place(model, pool, shares, domains)
 

@@ -80,8 +80,8 @@ def search(
         pruned=dict(sorted(pruned.items())), candidates=candidates, best=candidates[0],
         explanation=tuple(explain(scenario, ranked, candidates, bounds, load_unit(scenario.workload))),
         provenance=provenance(scenario, seed=scenario.seed, command=command),
-        assumptions=(f"capacity is searched with simulations of at least {min_requests} requests on common random numbers, open loops "
-                     "beginning in their steady state",),
+        assumptions=(f"capacity is searched with simulations of at least {min_requests} requests on common random numbers; "
+                     "open loops begin in their steady state",),
     )  # fmt: skip
 
 
@@ -108,14 +108,22 @@ def _bounded(
 
 
 def _shortlist(entries: list[Entry], count: int) -> list[Entry]:
-    """The best bounds, at most a quarter of them alike in shape, and the best of each mode always among them."""
+    """The best bounds, the best of each mode always among them, and at most a few alike in shape.
+
+    Of plans whose shape and bound are the same the limits do not bind: one stands for all.
+    """
     ordered = sorted(entries, key=lambda e: (-e.bound.tok_per_s_per_gpu, e.plan.gpus, e.plan.name))
+    distinct: dict[tuple[object, ...], Entry] = {}
+    for entry in ordered:
+        chunks = entry.plan.pools[0].chunk_tokens if not entry.plan.separated else None
+        distinct.setdefault(
+            (_shape_of(entry.plan), chunks, f"{entry.bound.tok_per_s_per_gpu:.3g}", entry.bound.constraint), entry
+        )
+    ordered = list(distinct.values())
     chosen: list[Entry] = []
-    per_shape: Counter[tuple[object, ...]] = Counter()
     for separated in (False, True):
-        chosen += [e for e in ordered if e.plan.separated is separated][: max(1, count // 8)]
-    for entry in chosen:
-        per_shape[_shape_of(entry.plan)] += 1
+        chosen += [e for e in ordered if e.plan.separated is separated][: max(1, count // 6)]
+    per_shape: Counter[tuple[object, ...]] = Counter(_shape_of(entry.plan) for entry in chosen)
     for entry in ordered:
         if len(chosen) >= count:
             break

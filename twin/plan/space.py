@@ -73,7 +73,7 @@ def _mixed(scenario: Scenario, shapes: list[Shape]) -> Iterator[Plan | str]:
         if instances == 0 or (left and scenario.search.use_all_gpus):
             yield f"{group.gpus} GPUs are not a multiple of world {shape.world}"
             continue
-        for limits in _limits(scenario):
+        for limits in _limits(scenario, mixed=True):
             pool = pool_plan(scenario, "mixed", shape, instances, limits, node_group=_name(scenario, group.name))
             yield from _plans(scenario, (pool,))
 
@@ -90,7 +90,7 @@ def _separated(scenario: Scenario, shapes: list[Shape]) -> Iterator[Plan | str]:
                 same=prefill_group is decode_group,
                 all_gpus=scenario.search.use_all_gpus,
             ):
-                for limits in _limits(scenario):
+                for limits in _limits(scenario, mixed=False):
                     pools = (
                         pool_plan(scenario, "prefill", prefill, n_prefill, limits, node_group=names[0]),
                         pool_plan(scenario, "decode", decode, n_decode, limits, node_group=names[1]),
@@ -113,16 +113,13 @@ def _splits(
             yield n_prefill, n_decode
 
 
-def _limits(scenario: Scenario) -> Iterator[dict[str, Any]]:
+def _limits(scenario: Scenario, *, mixed: bool) -> Iterator[dict[str, Any]]:
     search = scenario.search
+    # A prefill pool computes whole steps of prompts whatever their chunks; only in a mixed pool do chunks hold up decoding.
+    chunks = search.chunk_tokens if mixed else (max(search.chunk_tokens),)
     names = ("max_num_seqs", "max_batch_tokens", "chunk_tokens", "redundant_experts", "mtp_draft_tokens", "tbo")
     for values in product(
-        search.max_num_seqs,
-        search.max_batch_tokens,
-        search.chunk_tokens,
-        search.redundant_experts,
-        search.mtp_draft_tokens,
-        search.tbo,
+        search.max_num_seqs, search.max_batch_tokens, chunks, search.redundant_experts, search.mtp_draft_tokens, search.tbo
     ):
         limits = dict(zip(names, values, strict=True))
         limits["chunk_tokens"] = min(limits["chunk_tokens"], limits["max_batch_tokens"])
@@ -172,6 +169,8 @@ def describe(pools: tuple[PoolPlan, ...]) -> str:
         parts.append(f"{pool.instances}{letters[pool.role]} {cut or 'single'}")
     last = pools[-1]
     extras = [f"{last.max_num_seqs} seqs", f"{pools[0].max_batch_tokens} tok"]
+    if last.role == "mixed" and last.chunk_tokens:
+        extras.append(f"chunk {last.chunk_tokens}")
     extras += [f"+{last.redundant_experts} experts"] if last.redundant_experts else []
     extras += [f"MTP{last.mtp_draft_tokens}"] if last.mtp_draft_tokens else []
     extras += ["TBO"] if last.tbo else []
