@@ -10,16 +10,39 @@ import pytest
 from twin.spec.results import RunResult, SearchResult
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ["--set", "search.tp=[1]", "--set", "search.dp=[8,16]", "--set", "search.max_num_seqs=[64]", "--set", "search.max_batch_tokens=[8192]",
-        "--set", "search.redundant_experts=[0]", "--set", "search.simulate_top=2", "--set", "workload.requests=60", "--workers", "0",
-        "--requests", "60"]
+FAST = [
+    "--set",
+    "search.tp=[1]",
+    "--set",
+    "search.dp=[8,16]",
+    "--set",
+    "search.max_num_seqs=[64]",
+    "--set",
+    "search.max_batch_tokens=[8192]",
+    "--set",
+    "search.redundant_experts=[0]",
+    "--set",
+    "search.simulate_top=2",
+    "--set",
+    "workload.requests=60",
+    "--workers",
+    "0",
+    "--requests",
+    "60",
+]
 
 
 def eptwin(*arguments, env=None):
     import os
 
-    return subprocess.run([sys.executable, "-m", "twin.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=110,
-                          env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, "-m", "twin.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=110,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def test_plan_prints_one_json_document():
@@ -50,12 +73,24 @@ def test_simulate_writes_a_run_directory(tmp_path):
     assert done.returncode == 0, done.stderr
     result = RunResult.model_validate_json(done.stdout)
     assert result.counts.submitted == 40
-    assert {p.name for p in out.iterdir()} == {"scenario.yaml", "plan.json", "results.json", "requests.jsonl", "trace.json", "report.html"}
+    assert {p.name for p in out.iterdir()} == {
+        "scenario.yaml",
+        "plan.json",
+        "results.json",
+        "requests.jsonl",
+        "trace.json",
+        "report.html",
+    }
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
     again = eptwin("report", str(out), "--out", str(tmp_path / "again.html"))
     assert again.returncode == 0 and (tmp_path / "again.html").read_bytes() == (out / "report.html").read_bytes()
-    for kind, word in (("vllm", "--data-parallel-size 32"), ("sglang", "--ep-size 32"), ("lws", "LeaderWorkerSet"),
-                       ("dynamo", "nvidia.com/v1beta1"), ("pai", "EP_SIZE")):
+    for kind, word in (
+        ("vllm", "--data-parallel-size 32"),
+        ("sglang", "--ep-size 32"),
+        ("lws", "LeaderWorkerSet"),
+        ("dynamo", "nvidia.com/v1beta1"),
+        ("pai", "EP_SIZE"),
+    ):
         exported = eptwin("export", str(out), "--format", kind)
         assert exported.returncode == 0 and word in exported.stdout, exported.stderr
 
