@@ -25,12 +25,41 @@ SWIGLU_ALPHA = 1.702
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Local experts: `w13` holds gate rows, then up rows [E, 2I, H]; `w2` [E, H, I]; biases [E, 2I] and [E, H]."""
+    """Local experts: `w13` holds gate rows, then up rows [E, 2I, H]; `w2` [E, H, I]; biases [E, 2I] and [E, H]; of fp8
+    weights, the scales of their rows [E, 2I] and [E, H]."""
 
     w13: torch.Tensor
     w2: torch.Tensor
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
+    s13: torch.Tensor | None = None
+    s2: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A matrix [N, K] in float8_e4m3fn with one fp32 scale a row [N]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+    def wide(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers it stands for."""
+        return (self.data.float() * self.scale[:, None]).to(dtype)
+
+
+Weight = torch.Tensor | Fp8Weight
+
+
+@dataclass(frozen=True)
+class Router:
+    """`weight_EH` and `bias_E` give logits; `score_bias_E` is added to scores for choosing only. All fp32;
+    `narrow_EH` is the weight in the activations' format, for operators that multiply in it."""
+
+    weight_EH: torch.Tensor
+    bias_E: torch.Tensor | None = None
+    score_bias_E: torch.Tensor | None = None
+    narrow_EH: torch.Tensor | None = None
 
 
 class TorchOps:
@@ -43,6 +72,45 @@ class TorchOps:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (weight * wide.to(x.dtype)).to(x.dtype)
+
+    def add_norm(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, weight: torch.Tensor,
+                 eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of the sum, the sum) of x and the residual stream, which may be overwritten. None adds nothing."""
+        total = residual_TH if x_TH is None else residual_TH + x_TH
+        return self.rms_norm(total, weight, eps), total
+
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x weight' + bias."""
+        return F.linear(x, weight.wide(x.dtype) if isinstance(weight, Fp8Weight) else weight, bias)
+
+    def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_TA: torch.Tensor, *, heads: int,
+                   norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float,
+                   interleaved: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q [T, Q, D], k, v [T, G, D]) of fused projections, q and k normed and turned; k and v are stored as well.
+
+        `angles_TA` holds every token's cosines, then its sines.
+        """
+        kv_heads, dim = cache.shape[-2:]
+        q, k, v = qkv_TC.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+        if norms is not None:
+            q, k = self.rms_norm(q, norms[0], eps), self.rms_norm(k, norms[1], eps)
+        cos, sin = angles_TA.chunk(2, -1)
+        q, k = self.rope(q, cos, sin, interleaved), self.rope(k, cos, sin, interleaved)
+        self.store_kv(cache, k, v, step.slots_T)
+        return q, k, v
+
+    def mla_rope_store(self, q_TQD: torch.Tensor, latent_TL: torch.Tensor, norm: torch.Tensor, cache: torch.Tensor,
+                       step: StepInput, angles_TA: torch.Tensor, *, eps: float,
+                       interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(q with its rotary part turned, finished latents [T, L + R]); the latents are stored as well."""
+        cos, sin = angles_TA.chunk(2, -1)
+        rotary = angles_TA.shape[-1]
+        q_nope, q_rope = q_TQD.tensor_split((q_TQD.shape[-1] - rotary,), -1)
+        latent, k_rope = latent_TL.tensor_split((latent_TL.shape[-1] - rotary,), -1)
+        k_rope = self.rope(k_rope[:, None], cos, sin, interleaved)[:, 0]
+        rows = torch.cat([self.rms_norm(latent, norm, eps), k_rope], -1)
+        self.store_latent(cache, rows, step.slots_T)
+        return torch.cat([q_nope, self.rope(q_rope, cos, sin, interleaved)], -1), rows
 
     def rope(self, x_TQD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, interleaved: bool) -> torch.Tensor:
         """Rotate the first 2R channels of every head: halves (neox) or neighbouring pairs (interleaved)."""
@@ -65,10 +133,13 @@ class TorchOps:
         cache.view(-1, cache.shape[-1])[slots_T] = latent_TL.to(cache.dtype)
 
     def attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float, window: int | None,
-                  sinks_Q: torch.Tensor | None) -> torch.Tensor:
-        """Paged causal GQA of a mixed batch over the stored keys, this step's included. Returns [T, Q, D]."""
+                  sinks_Q: torch.Tensor | None, fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Paged causal GQA of a mixed batch over the stored keys, this step's included. Returns [T, Q, D].
+
+        `fresh`: this step's own keys and values [T, G, D], for prompts without a past.
+        """
         n = step.num_decodes
-        parts = [self.prefill_attention(q_TQD[n:], cache, step, scale=scale, window=window, sinks_Q=sinks_Q)]
+        parts = [self.prefill_attention(q_TQD[n:], cache, step, scale=scale, window=window, sinks_Q=sinks_Q, fresh=fresh)]
         if n:
             kv = _gather(cache, step.block_tables_SB[:n], max(step.context_lens[:n]))
             k, v = (kv[:, i].transpose(1, 2).to(q_TQD.dtype) for i in (0, 1))
@@ -77,8 +148,9 @@ class TorchOps:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
-                          window: int | None, sinks_Q: torch.Tensor | None) -> torch.Tensor:
-        """`attention` of the step's prompt chunks alone; q of their tokens only."""
+                          window: int | None, sinks_Q: torch.Tensor | None,
+                          fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """`attention` of the step's prompt chunks alone; q of their tokens only, `fresh` of all."""
         out, row = torch.empty_like(q_TQD), 0
         for i in range(step.num_decodes, len(step.query_lens)):
             q_len, context = step.query_lens[i], step.context_lens[i]
@@ -109,14 +181,17 @@ class TorchOps:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TQD, k_CQD, v_CQE))
         return attend(q, k, v, mask, scale, None)[0].transpose(0, 1)
 
-    def route(self, x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None,
-              score_bias_E: torch.Tensor | None, moe: MoE) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts: (ids int64 [T, K], weights fp32 [T, K]).
+    def route(self, x_TH: torch.Tensor, router: Router, moe: MoE, slots_T: torch.Tensor,
+              load_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts: (ids [T, K], weights fp32 [T, K]); every choice is counted in `load_E`.
+
+        Tokens whose KV slot in `slots_T` is negative are padding: they choose expert -1 and are not counted.
 
         Groups are ranked by the sum of their two best scores where a correction bias exists (DeepSeek-V3), by their
         best score otherwise (DeepSeek-V2); the bias only chooses, it does not weigh.
         """
-        logits = F.linear(x_TH.float(), weight_EH.float(), bias_E)
+        score_bias_E = router.score_bias_E
+        logits = F.linear(x_TH.float(), router.weight_EH.float(), router.bias_E)
         scores = logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(-1)
         choice = scores if score_bias_E is None else scores + score_bias_E
         if moe.groups > 1:
@@ -128,7 +203,9 @@ class TorchOps:
         weights = scores.gather(1, ids)
         if moe.norm_top_k:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return ids, weights * moe.routed_scaling
+        real = (slots_T >= 0)[:, None].expand_as(ids)
+        load_E.scatter_add_(0, ids.flatten(), real.flatten().to(load_E.dtype))
+        return torch.where(real, ids, -1), weights * moe.routed_scaling
 
     def gated(self, gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
         """silu(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(alpha gate) with both clamped at `limit`."""
@@ -142,19 +219,24 @@ class TorchOps:
                 limit: float | None) -> torch.Tensor:
         """y_N = sum over K of weight * expert(x); choices with a slot outside 0..E-1 add nothing."""
         n_slots, choices = w.w13.shape[0], slots_NK.shape[1]
+        w13, w2 = _wide(w.w13, w.s13, x_NH.dtype), _wide(w.w2, w.s2, x_NH.dtype)
         flat = slots_NK.flatten()
         flat = torch.where((flat >= 0) & (flat < n_slots), flat, n_slots)  # the absent sort behind every expert
         order = flat.argsort(stable=True)
         owner, row = flat[order], order // choices
         ends = torch.bincount(flat, minlength=n_slots + 1)[:n_slots].cumsum(0).int()
         safe = owner.clamp(max=n_slots - 1)
-        hidden = F.grouped_mm(x_NH[row], w.w13.transpose(1, 2), offs=ends)
+        hidden = F.grouped_mm(x_NH[row], w13.transpose(1, 2), offs=ends)
         hidden = self.gated(hidden if w.b13 is None else hidden + w.b13[safe], limit)
-        y = F.grouped_mm(hidden, w.w2.transpose(1, 2), offs=ends)
+        y = F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends)
         y = y if w.b2 is None else y + w.b2[safe]
         # rows beyond the last expert are uninitialised, so they are masked, not multiplied away
         y = torch.where((owner < n_slots)[:, None], y.float() * weights_NK.flatten()[order, None], 0.0)
         return torch.zeros(x_NH.shape, dtype=torch.float32, device=x_NH.device).index_add_(0, row, y).to(x_NH.dtype)
+
+
+def _wide(w_ENK: torch.Tensor, scale_EN: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return w_ENK if scale_EN is None else (w_ENK.float() * scale_EN[..., None]).to(dtype)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float,

@@ -21,6 +21,8 @@ def gate_topk(
     groups: int = 1,
     topk_groups: int = 1,
     group_score: str = "top2",
+    slots_T: torch.Tensor | None = None,
+    load_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights_TK fp32, ids_TK int32), best first; equal scores go to the lower id.
 
@@ -28,7 +30,8 @@ def gate_topk(
     (DeepSeek-V3's correction). With `groups` > 1 only the best `topk_groups` groups may be chosen, a group's score being
     its two best experts' sum ("top2", DeepSeek-V3) or its best ("max", DeepSeek-V2). `renormalize` divides a token's
     weights by their sum; `scale` multiplies them last. Softmax over the chosen logits alone (gpt-oss) is "softmax" with
-    `renormalize`.
+    `renormalize`. Tokens whose `slots_T` is negative are a graph's padding: their ids are -1. `load_E` int64 is counted up
+    by one for every choice.
     """
     tokens, experts = logits_TE.shape
     assert experts % groups == 0 and k <= experts and logits_TE.is_contiguous()
@@ -37,8 +40,9 @@ def gate_topk(
     ids = torch.empty(tokens, k, dtype=torch.int32, device=logits_TE.device)
     each = experts // groups
     _gate_kernel[(tokens,)](
-        logits_TE, bias_E if bias_E is not None else logits_TE, weights, ids, experts, scale,
-        K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
+        logits_TE, bias_E if bias_E is not None else logits_TE, weights, ids,
+        slots_T if slots_T is not None else ids, load_E if load_E is not None else ids, experts, scale,
+        HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None, K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
         TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2",
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), num_warps=1,
     )  # fmt: skip
@@ -64,11 +68,12 @@ def _allowed_groups(choice, group, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constex
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, weights, ids, experts, scale, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits, bias, weights, ids, slots, load, experts, scale, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    real_token = tl.load(slots + token) >= 0 if HAS_SLOTS else True
     group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
     expert = group[:, None] * EACH + column[None, :]
     real = (group < GROUPS)[:, None] & (column < EACH)[None, :]
@@ -92,7 +97,9 @@ def _gate_kernel(
         # the lowest id among equals
         winner = tl.min(tl.where((choice == best) & real, expert, GROUPS * EACH))
         hit = (expert == winner) & real  # a padded column's number is the next group's
-        tl.store(ids + token * K + i, winner)
+        tl.store(ids + token * K + i, tl.where(real_token, winner, -1))
+        if HAS_LOAD:
+            tl.atomic_add(load + winner, 1, mask=real_token, sem="relaxed")
         total += tl.sum(tl.where(hit, score, 0.0))
         rank = tl.where(hit, i, rank)
         choice = tl.where(hit, float("-inf"), choice)

@@ -4,7 +4,7 @@ Every rank holds its cut of the weights; `all_reduce` over the TP group makes at
 layers each TP rank dispatches its own share of the tokens, so that each token travels once; the shares and the partial
 sums of shared experts become whole in one all_reduce.
 
-Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L latent, R rotary, K choices, V vocabulary.
+Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L latent, R rotary, K choices, V vocabulary, A angles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from runtime.layout import RankLayout
 from runtime.model.attention import make_attention
 from runtime.model.params import Placement, linear_placement, vocab_slice
 from runtime.model.rope import cos_sin, inverse_frequencies, rope_width
-from runtime.ops import ExpertWeights, TorchOps
+from runtime.ops import ExpertWeights, Router, TorchOps, Weight
+from runtime.quantise import weight_of
 from twin.spec.model import ModelSpec
 
 Params = dict[str, torch.Tensor]
@@ -56,7 +57,7 @@ class Transformer:
         attention = make_attention(self.model, self.at, i, self.params, self.rig.ops)
         ffn: DenseFfn | MoeFfn
         if self.model.layer_ffn[i] == "dense":
-            ffn = DenseFfn(self.params[f"{i}.ffn.w13"], self.params[f"{i}.ffn.w2"], self.rig)
+            ffn = DenseFfn(weight_of(self.params, f"{i}.ffn.w13"), weight_of(self.params, f"{i}.ffn.w2"), self.rig)
         else:
             slots = placement[self.model.layer_ffn[:i].count("moe")]
             ffn = MoeFfn(self.model, self.at, i, self.params, self.rig, slots)
@@ -69,15 +70,19 @@ class Transformer:
         """
         ops, tp, mark, eps = self.rig.ops, self.rig.tp, self.rig.mark, self.model.norm_eps
         mark("embed")
-        x_TH = self._embed(step.token_ids_T)
-        cos, sin = cos_sin(step.positions_T, self.inverse_R, self.rope_factor)
+        stream_TH = self._embed(step.token_ids_T)
+        angles_TA = torch.cat(cos_sin(step.positions_T, self.inverse_R, self.rope_factor), -1)
+        x_TH = None
         for layer, cache in zip(self.layers, kv, strict=True):
             mark("attention")
-            normed = ops.rms_norm(x_TH, layer.attn_norm, eps)
-            x_TH = x_TH + tp.all_reduce(layer.attention(normed, step, cache, cos, sin))
-            x_TH = x_TH + layer.ffn(ops.rms_norm(x_TH, layer.ffn_norm, eps), capacity)
+            normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.attn_norm, eps)
+            x_TH = tp.all_reduce(layer.attention(normed, step, cache, angles_TA))
+            normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.ffn_norm, eps)
+            x_TH = layer.ffn(normed, step.slots_T, capacity)
         mark("head")
-        return self._head(ops.rms_norm(x_TH[step.logit_rows], self.params["norm"], eps))
+        assert x_TH is not None
+        normed, _ = ops.add_norm(x_TH[step.logit_rows], stream_TH[step.logit_rows], self.params["norm"], eps)
+        return self._head(normed)
 
     def _embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         table = self.params["embed"]
@@ -105,24 +110,25 @@ class Layer:
     attn_norm: torch.Tensor
     attention: Callable[..., torch.Tensor]
     ffn_norm: torch.Tensor
-    ffn: Callable[[torch.Tensor, int], torch.Tensor]
+    ffn: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class DenseFfn:
     """Gated FFN, its width cut over the TP group."""
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: Weight
+    w2: Weight
     rig: Rig
 
-    def __call__(self, x_TH: torch.Tensor, capacity: int) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> torch.Tensor:
         self.rig.mark("dense_ffn")
         return self.rig.tp.all_reduce(self.partial(x_TH))
 
     def partial(self, x_TH: torch.Tensor) -> torch.Tensor:
         """This rank's share of the sum over the width."""
-        return F.linear(self.rig.ops.gated(F.linear(x_TH, self.w13), None), self.w2)
+        linear = self.rig.ops.linear
+        return linear(self.rig.ops.gated(linear(x_TH, self.w13), None), self.w2)
 
 
 class MoeFfn:
@@ -131,24 +137,27 @@ class MoeFfn:
     def __init__(self, model: ModelSpec, at: RankLayout, i: int, params: Params, rig: Rig, slot_experts: Sequence[int]) -> None:
         assert model.moe is not None
         self.moe, self.at, self.rig = model.moe, at, rig
-        self.router, self.router_bias = params[f"{i}.router"], params.get(f"{i}.router_bias")
-        self.score_bias = params.get(f"{i}.score_bias")
+        router = params[f"{i}.router"]
+        self.router = Router(router, params.get(f"{i}.router_bias"), params.get(f"{i}.score_bias"),
+                             router.to(params["embed"].dtype))
+        device = self.router.weight_EH.device
         self.weights = ExpertWeights(params[f"{i}.experts.w13"], params[f"{i}.experts.w2"],
-                                     params.get(f"{i}.experts.b13"), params.get(f"{i}.experts.b2"))
+                                     params.get(f"{i}.experts.b13"), params.get(f"{i}.experts.b2"),
+                                     params.get(f"{i}.experts.w13.scale"), params.get(f"{i}.experts.w2.scale"))
         self.shared = None
         if model.moe.shared_intermediate:
-            self.shared = DenseFfn(params[f"{i}.shared.w13"], params[f"{i}.shared.w2"], rig)
-        self.replicas_ER, self.replica_count_E = replica_table(slot_experts, model.moe.experts, self.router.device)
-        self.load_E = torch.zeros(model.moe.experts, dtype=torch.int64, device=self.router.device)
+            self.shared = DenseFfn(weight_of(params, f"{i}.shared.w13"), weight_of(params, f"{i}.shared.w2"), rig)
+        self.in_order = list(slot_experts) == list(range(model.moe.experts))
+        self.replicas_ER, self.replica_count_E = replica_table(slot_experts, model.moe.experts, device)
+        self.load_E = torch.zeros(model.moe.experts, dtype=torch.int64, device=device)
 
-    def __call__(self, x_TH: torch.Tensor, capacity: int) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> torch.Tensor:
         rig, mark = self.rig, self.rig.mark
         mark("gate")
         start, stop = token_share(len(x_TH), rig.tp.size, rig.tp.index)
         mine = x_TH[start:stop]
-        ids_TK, weights_TK = rig.ops.route(mine, self.router, self.router_bias, self.score_bias, self.moe)
-        self.load_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
-        slots_TK = self._slots(ids_TK)
+        ids_TK, weights_TK = rig.ops.route(mine, self.router, self.moe, slots_T[start:stop], self.load_E)
+        slots_TK = ids_TK if self.in_order else self._slots(ids_TK)
         mark("dispatch")
         arrived = rig.experts.dispatch(mine, slots_TK, weights_TK, capacity)
         mark("experts")
@@ -163,9 +172,11 @@ class MoeFfn:
         return rig.tp.all_reduce(out)
 
     def _slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """A physical slot for every choice; replicas take turns by token and rank."""
+        """A physical slot for every choice, -1 for -1; replicas take turns by token and rank."""
+        known_TK = ids_TK.clamp(min=0)
         turn = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] + self.at.local_rank
-        return self.replicas_ER[ids_TK, turn % self.replica_count_E[ids_TK]]
+        slots_TK = self.replicas_ER[known_TK, turn % self.replica_count_E[known_TK]]
+        return torch.where(ids_TK < 0, -1, slots_TK)
 
 
 def token_share(tokens: int, parts: int, part: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from kernel_checks import HALF, normal, relative_error
 pytest.importorskip("triton")
 
 from runtime.batch import Segment, make_step
-from runtime.ops import ExpertWeights, TorchOps
+from runtime.ops import ExpertWeights, Router, TorchOps
 from runtime.triton_ops import TritonOps
 from twin.spec.model import MoE
 
@@ -60,10 +60,17 @@ def test_experts_of_which_some_are_elsewhere(device: torch.device, rng: torch.Ge
 def test_routing(device: torch.device, rng: torch.Generator, moe: MoE) -> None:
     x, weight = normal(rng, 9, 32).to(device), normal(rng, moe.experts, 32).to(device)
     bias = normal(rng, moe.experts, scale=0.1).to(device) if moe.score_bias else None
-    (ids, weights), (want_ids, want) = (ops.route(x, weight, None, bias, moe) for ops in (FAST, PLAIN))
-    none = torch.zeros(9, moe.experts, device=device)
-    assert torch.allclose(none.scatter(1, ids, weights), none.scatter(1, want_ids, want), atol=1e-5)
-    assert FAST.route(x[:0], weight, None, bias, moe)[0].shape == (0, moe.top_k)
+    router = Router(weight, None, bias)
+    slots = torch.arange(9, device=device)
+    slots[3] = -1
+    loads = [torch.zeros(moe.experts, dtype=torch.int64, device=device) for _ in range(2)]
+    (ids, weights), (want_ids, want) = (ops.route(x, router, moe, slots, load)
+                                        for ops, load in zip((FAST, PLAIN), loads, strict=True))
+    assert (ids[3] == -1).all() and (want_ids[3] == -1).all() and loads[0].sum() == 8 * moe.top_k
+    assert torch.equal(loads[0], loads[1])
+    none, real = torch.zeros(8, moe.experts, device=device), slots >= 0
+    assert torch.allclose(none.scatter(1, ids[real].long(), weights[real]), none.scatter(1, want_ids[real], want[real]), atol=1e-5)
+    assert FAST.route(x[:0], router, moe, slots[:0], loads[0])[0].shape == (0, moe.top_k)
 
 
 def test_norm_and_activation(device: torch.device, rng: torch.Generator) -> None:
