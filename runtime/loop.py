@@ -1,9 +1,11 @@
 """The loop of one rank: hear the front end, agree on a round with the other ranks of the instance, take a step.
 
 The ranks of an instance step together because experts belong to all of them: a rank without work runs an empty batch.
-A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens]; when nobody has work everyone
-goes to sleep on the control channel. A wake-up carries a rising number, so that one heard late, after its work was
-already done in an earlier round, wakes nobody.
+A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens, told to stop]; when nobody has
+work everyone goes to sleep on the control channel, and when anybody was told to stop everyone leaves, so that nobody
+waits for a rank that is gone. Every wake-up is a rising number that reaches every rank, one of them with work. Ranks
+sleep only once all have heard the same number: one that is behind may have work on its way that the others would sleep
+through. A number heard late, after its work was done, wakes nobody.
 """
 
 from __future__ import annotations
@@ -52,10 +54,12 @@ class Clock:
 
 @dataclass
 class Round:
-    """What the ranks agreed on: whether anybody works, this DP rank's plan size, and the dispatch capacity."""
+    """What the ranks agreed on: to leave, whether anybody works, whether all have heard the same, this DP rank's plan size,
+    and the dispatch capacity."""
 
+    stop: bool
     works: bool
-    wake: int
+    all_heard: bool
     plan_size: int
     capacity: int
 
@@ -68,18 +72,18 @@ class StepLoop:
         self._desk = Desk(rank, control) if rank.at.is_leader else None
         self._wake = self._slept_at = 0
         self._idle = True
-        self._stopping = False
+        self._told_to_stop = self._stopped = False
         self._began = self._ended = 0.0
         self._rounds = 0
 
     def run(self) -> None:
         """Take steps until told to stop. Raises PeerLost when another rank is gone."""
-        while not self._stopping:
+        while not self._stopped:
             if self._idle:
                 self.clock.mark("idle")
             for message in self.control.drain(wait=self._idle):
                 self._hear(message)
-            if not self._stopping and (not self._idle or self._wake > self._slept_at):
+            if not self._idle or self._wake > self._slept_at or self._told_to_stop:
                 self._round()
         self.clock.mark("done")
 
@@ -87,7 +91,7 @@ class StepLoop:
         op = message["op"]
         self._wake = max(self._wake, message.get("wake", 0))
         if op == "stop":
-            self._stopping = True
+            self._told_to_stop = True
         elif op == "send_kv":
             start_send(self.rank, message, self.control)
         elif op == "receive_kv":
@@ -103,16 +107,20 @@ class StepLoop:
             self._ended = time.monotonic()
         self._idle = False
         self._began = self._ended  # steps join without a gap: booking the last one is part of the next
+        scheduled_at = time.monotonic()
         self.clock.mark("schedule")
         plan, segments, sampled = self._desk.plan() if self._desk else (StepPlan(), [], [])
         tokens = sum(len(s.token_ids) for s in segments)
         packed = pack(segments) if self.rank.groups.tp.size > 1 and self._desk else torch.zeros(0, dtype=torch.int64)
         agreed = self._agree(not plan.is_empty, len(packed), tokens)
+        if agreed.stop:
+            self._stopped = True
+            return
         if not agreed.works:
-            self._idle, self._slept_at = True, agreed.wake
-            self._wake = max(self._wake, agreed.wake)
-            if self._desk is not None:
-                self._desk.tell_load()
+            if agreed.all_heard:
+                self._idle, self._slept_at = True, self._wake
+                if self._desk is not None:
+                    self._desk.tell_load()
             return
         self._rounds += 1
         segments = self._share(segments, packed, agreed.plan_size)
@@ -122,7 +130,7 @@ class StepLoop:
             drawn = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled]).tolist() if sampled else []
             record = self._step_record(plan, segments)
             self.clock.mark("book")
-            self._desk.book(plan, sampled, drawn, self._began, record)
+            self._desk.book(plan, sampled, drawn, scheduled_at, record)
         elif self._record:
             self.clock.take()
             self._ended = time.monotonic()
@@ -130,12 +138,13 @@ class StepLoop:
     def _agree(self, has_work: bool, plan_size: int, tokens: int) -> Round:
         at, group = self.rank.at, self.rank.groups.control
         if group.size == 1:
-            return Round(has_work, self._wake, plan_size, max(1, tokens))
+            return Round(self._told_to_stop, has_work, True, plan_size, max(1, tokens))
         self.clock.mark("wait")
-        rows = group.all_gather(torch.tensor([int(has_work), self._wake, plan_size, tokens])).tolist()
+        row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop)]
+        rows = group.all_gather(torch.tensor(row)).tolist()
         most = max(row[3] for row in rows)
-        return Round(any(row[0] for row in rows), max(row[1] for row in rows), rows[at.dp_rank * at.tp][2],
-                     max(1, -(-most // at.tp)))
+        return Round(any(row[4] for row in rows), any(row[0] for row in rows), len({row[1] for row in rows}) == 1,
+                     rows[at.dp_rank * at.tp][2], max(1, -(-most // at.tp)))
 
     def _share(self, segments: list[Segment], packed: torch.Tensor, size: int) -> list[Segment]:
         """The leader's segments, on all its TP ranks."""

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name since torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class PeerLost(RuntimeError):
     """A collective failed because another rank died, hung or left."""
@@ -38,7 +41,7 @@ class Group:
         out = x[None] if self.size == 1 else x.new_empty((self.size, *x.shape))
         if self.size == 1 or not x.numel():
             return out
-        guarded(lambda: dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=self.pg))
+        guarded(lambda: _all_gather(out.flatten(0, 1), x.contiguous(), group=self.pg))
         return out
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +49,7 @@ class Group:
         if self.size == 1:
             return x
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        guarded(lambda: dist.reduce_scatter_tensor(out, x.contiguous(), group=self.pg))
+        guarded(lambda: _reduce_scatter(out, x.contiguous(), group=self.pg))
         return out
 
     def all_to_all(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:

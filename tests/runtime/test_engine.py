@@ -148,6 +148,8 @@ def test_mixed_pool_in_lockstep(checkpoints: Checkpoints) -> None:
 
     async def work(frontend: Frontend) -> None:
         assert await tokens_of(frontend, made.prompts[0], GREEDY) == made.tokens[0], "one rank works, the other idles"
+        for _ in range(60):  # falls asleep and wakes between any two: nobody may sleep through a request
+            assert await tokens_of(frontend, made.prompts[1], SamplingParams(max_tokens=1)) == made.tokens[1][:1]
         many = [made.prompts[i % 4] for i in range(12)]
         params = SamplingParams(max_tokens=20, ignore_eos=True)
         outputs = await asyncio.gather(*(tokens_of(frontend, p, params) for p in many))
