@@ -40,7 +40,7 @@ class StepInput:
     block_tables_SB: torch.Tensor
     seq_lens_S: torch.Tensor
     query_starts: torch.Tensor
-    logit_rows: torch.Tensor
+    logit_rows: torch.Tensor | slice
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]

@@ -1,0 +1,113 @@
+"""Decode steps as whole CUDA graphs, one for each size of a ladder, over buffers that never move.
+
+A step of n sequences runs the smallest graph that holds them; the rows above are padding, which writes no KV and
+routes to no expert. Each graph ends with the greedy token of every row, fed back as the next step's input, so that
+steps of the same sequences follow one another without the host (`again`). On a CPU the same step runs without a graph.
+
+Legend: B rows of a graph, P blocks of a table, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.batch import Segment, StepInput
+from runtime.kernels.step import feed_back, place_tokens
+from runtime.model.transformer import Transformer
+
+
+def ladder(most: int) -> list[int]:
+    """1, 2, 4, 8, then multiples of 16 to 64, of 32 to 256, of 64 above; `most` is the last."""
+    sizes = [1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, most + 64, 64)]
+    return [*(s for s in sizes if s < most), most]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Of a step's n sequences: logits fp32 [n, V] and greedy tokens int64 [n], overwritten by the next step."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+class DecodeRunner:
+    """Steps of up to `most` sequences of up to `max_context` tokens. `sizes` are captured by `capture`, large to small."""
+
+    def __init__(self, transformer: Transformer, kv: list[torch.Tensor], block_tokens: int, *, most: int, max_context: int,
+                 sizes: Sequence[int] | None = None) -> None:
+        self.transformer, self.kv, self.block_tokens = transformer, kv, block_tokens
+        self.most, self.max_context = most, max_context
+        self.sizes = sorted(sizes or ladder(most))
+        device = kv[0].device
+        width = -(-max_context // block_tokens)
+        self.ids_B = torch.zeros(most, dtype=torch.int64, device=device)
+        self.lens_B = torch.zeros(most, dtype=torch.int32, device=device)
+        self.tables_BP = torch.zeros(most, width, dtype=torch.int32, device=device)
+        self._positions_B, self._slots_B = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B)
+        self._rows_B = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
+        self._size = 0
+
+    def capture(self) -> None:
+        """Capture every size into one memory pool. Raises torch.OutOfMemoryError where the device has no room."""
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        self.lens_B.zero_()
+        for size in reversed(self.sizes):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step(size)  # kernels are compiled and handles made before the capture; padding alone is computed
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                drawn = self._step(size)
+            self._graphs[size] = (graph, drawn)
+        torch.cuda.synchronize()
+
+    def fits(self, segments: Sequence[Segment]) -> bool:
+        """Whether a step of these segments is one that this runner takes: decodes alone, not too many."""
+        return 0 < len(segments) <= self.most and not any(s.is_prefill for s in segments)
+
+    def run(self, segments: Sequence[Segment]) -> Drawn:
+        """Take a step of decodes."""
+        n = len(segments)
+        self._size = next(size for size in self.sizes if size >= n)
+        self._load(segments)
+        return self.again(n)
+
+    def again(self, n: int) -> Drawn:
+        """The step after the last one, of the same n sequences, each with its greedy token as input."""
+        if self._graphs:
+            graph, drawn = self._graphs[self._size]
+            graph.replay()
+        else:
+            drawn = self._step(self._size)
+        return Drawn(drawn.logits[:n], drawn.tokens[:n])
+
+    def _load(self, segments: Sequence[Segment]) -> None:
+        n, lens = len(segments), np.zeros(self._size, dtype=np.int32)
+        lens[:n] = [s.start + 1 for s in segments]
+        ids = np.fromiter((s.token_ids[0] for s in segments), dtype=np.int64, count=n)
+        width = -(-int(lens.max()) // self.block_tokens)
+        tables = np.zeros((n, width), dtype=np.int32)
+        for row, segment in zip(tables, segments, strict=True):
+            used = -(-(segment.start + 1) // self.block_tokens)
+            row[:used] = segment.blocks[:used]
+        for target, values in ((self.ids_B[:n], ids), (self.lens_B[:self._size], lens), (self.tables_BP[:n, :width], tables)):
+            target.copy_(torch.from_numpy(values))
+
+    def _step(self, size: int) -> Drawn:
+        lens, tables = self.lens_B[:size], self.tables_BP[:size]
+        positions, slots = self._positions_B[:size], self._slots_B[:size]
+        place_tokens(lens, tables, self.block_tokens, positions, slots)
+        step = StepInput(self.ids_B[:size], positions, slots, tables, lens, self._rows_B[:size + 1], slice(None), size,
+                         (1,) * size, (self.max_context,) * size)
+        with torch.inference_mode():
+            logits = self.transformer.forward(step, self.kv, size)
+            tokens = logits.argmax(-1)
+            feed_back(tokens, self.ids_B[:size], lens)
+        return Drawn(logits, tokens)

@@ -1,0 +1,94 @@
+"""The rank slice: one rank of a wide expert-parallel instance, run alone on one device.
+
+The rank computes its share of attention for its own tokens, and its experts for what tokens of all ranks would send it;
+dispatch and combine are local copies of as many rows as would arrive and return, one row for each (token, expert), as
+low-latency exchanges send them. Which rows arrive is drawn once a layer by routing the tokens of all ranks.
+
+Legend: T own tokens, N arriving rows, R ranks, E experts, K choices, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.comm.experts import Dispatched
+from runtime.layout import RankLayout
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Of one layer: the own token that stands in for each arriving row, its local slot and weight; and the computed row
+    that stands in for each of the T x K rows that return."""
+
+    source_N: torch.Tensor
+    slots_N1: torch.Tensor
+    weights_N1: torch.Tensor
+    back_TK: torch.Tensor
+
+
+class SliceComm:
+    """An ExpertComm that gives every MoE layer in turn the rows that routing over all ranks would send."""
+
+    sent_bytes = 0
+
+    def __init__(self, arrivals: list[Arrival]) -> None:
+        self._arrivals = arrivals
+        self._turn = 0
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        arrival = self._arrivals[self._turn]
+        self._turn = (self._turn + 1) % len(self._arrivals)
+        return Dispatched(x_TH[arrival.source_N], arrival.slots_N1, arrival.weights_N1, arrival)
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        back_TK = arrived.handle.back_TK
+        return y_NH[back_TK.flatten()].unflatten(0, back_TK.shape).sum(1)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that arrive, by layer."""
+        return [len(arrival.source_N) for arrival in self._arrivals]
+
+
+def slice_layout(model: ModelSpec, ep: int, redundant: int = 0, rank: int = 0) -> RankLayout:
+    """Rank `rank` of an instance of `ep` data-parallel attention ranks over which the experts are spread.
+
+    Raises SpecError when the slots do not divide."""
+    if model.moe is None:
+        raise SpecError(f"{model.name} has no experts", field="ep", expected="a MoE model")
+    slots = model.moe.experts + redundant
+    if slots % ep:
+        raise SpecError(f"{ep} does not divide {slots} expert slots", field="ep", hint="give redundant experts")
+    return RankLayout(rank, 0, "mixed", 0, 0, ep, 1, ep, rank, 0, slots)
+
+
+def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float, seed: int,
+                  device: torch.device | str) -> list[Arrival]:
+    """Route `tokens` tokens of each of the instance's ranks in every MoE layer and keep what reaches this rank.
+
+    Experts are chosen without replacement with odds exp(skew z), z normal: `skew` 0 is uniform. A token that chose an
+    expert of several replicas goes to one of them at random; redundant slots repeat the first experts.
+    """
+    m = model.moe
+    assert m is not None
+    stream = torch.Generator(device).manual_seed(seed)
+    total = tokens * at.dp
+    arrivals = []
+    for _ in range(model.moe_layers):
+        odds = skew * torch.randn(m.experts, generator=stream, device=device)
+        noise = torch.rand(total, m.experts, generator=stream, device=device).clamp(min=1e-12)
+        ids = (odds - noise.log().neg().log()).topk(m.top_k, -1)[1]
+        extra = ids < at.slots - m.experts  # of two replicas, the second half of the time
+        slots = torch.where(extra & (torch.rand(ids.shape, generator=stream, device=device) < 0.5), ids + m.experts, ids)
+        local = slots[(slots >= at.local_slots.start) & (slots < at.local_slots.stop)] - at.local_slots.start
+        local = local if len(local) else torch.zeros(1, dtype=local.dtype, device=device)
+        n = len(local)
+        weights = torch.full((n, 1), 1.0 / m.top_k, device=device)
+        source = torch.randint(tokens, (n,), generator=stream, device=device)
+        back = torch.randint(n, (tokens, m.top_k), generator=stream, device=device)
+        arrivals.append(Arrival(source, local[:, None].int().contiguous(), weights, back))
+    return arrivals

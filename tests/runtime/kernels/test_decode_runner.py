@@ -1,0 +1,115 @@
+"""The decode runner against plain steps of the torch backend, and what a rank slice receives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from runtime.batch import Segment, make_step
+from runtime.comm.experts import Local
+from runtime.comm.group import solo
+from runtime.decode import DecodeRunner, ladder
+from runtime.kv import make_kv
+from runtime.layout import single
+from runtime.model.transformer import Rig, Transformer
+from runtime.ops import ops_for
+from runtime.quantise import quantise, quantise_rows
+from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
+from runtime.tiny import tiny_config
+from runtime.weights import load_weights
+from twin.spec.errors import SpecError
+from twin.spec.hf import model_from_hf_config
+from twin.spec.model import ModelSpec
+
+BLOCK = 4
+LENS = (5, 9, 4)
+
+
+def tiny(arch: str) -> ModelSpec:
+    return model_from_hf_config(tiny_config(arch, hidden=64, layers=2, experts=8, top_k=2, vocab=64, context=64), name=arch)
+
+
+def build(model: ModelSpec, backend: str, device: torch.device, *, fp8: bool = False) -> tuple[Transformer, list[torch.Tensor]]:
+    at = single(model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    params = load_weights(model, at, checkpoint=None, seed=3, dtype=dtype, device=device)
+    params = quantise(params) if fp8 else params
+    rig = Rig(ops_for(backend), solo(), Local())
+    return Transformer(model, at, params, rig), make_kv(model, at, 16, BLOCK, dtype, device)
+
+
+def prompts() -> list[Segment]:
+    return [Segment([(7 * i + j) % 60 for j in range(n)], 0, range(4 * i, 4 * i + 4), True) for i, n in enumerate(LENS)]
+
+
+def plain_tokens(model: ModelSpec, device: torch.device, steps: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    transformer, kv = build(model, "torch", device)
+    tokens, logits = [], []
+    segments = prompts()
+    for _ in range(steps):
+        logits.append(transformer.forward(make_step(segments, BLOCK, device), kv, 64))
+        tokens.append(logits[-1].argmax(-1).tolist())
+        segments = [Segment([t], len(s.token_ids) + s.start, s.blocks) for t, s in zip(tokens[-1], segments, strict=True)]
+    return tokens, logits
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_steps_of_the_runner_are_those_of_the_torch_backend(device: torch.device, arch: str) -> None:
+    model = tiny(arch)
+    want, want_logits = plain_tokens(model, device, 4)
+    transformer, kv = build(model, "triton", device)
+    first = transformer.forward(make_step(prompts(), BLOCK, device), kv, 64)
+    close = {"atol": 1e-3, "rtol": 1e-3} if device.type == "cpu" else {"atol": 0.15, "rtol": 0.1}
+    torch.testing.assert_close(first, want_logits[0], **close)
+    untouched = [cache.clone() for cache in kv]
+    runner = DecodeRunner(transformer, kv, BLOCK, most=4, max_context=32, sizes=[4])
+    if device.type == "cuda":
+        runner.capture()
+    assert all(torch.equal(a, b) for a, b in zip(untouched, kv, strict=True)), "padding wrote KV"
+    drawn = runner.run([Segment([t], n, range(4 * i, 4 * i + 4)) for i, (t, n) in enumerate(zip(want[0], LENS, strict=True))])
+    torch.testing.assert_close(drawn.logits, want_logits[1], **close)
+    if device.type == "cpu":
+        assert drawn.tokens.tolist() == want[1]
+        assert runner.again(3).tokens.tolist() == want[2]  # fed back on the device
+        torch.testing.assert_close(runner.again(3).logits, want_logits[3], **close)
+    loads = [layer.ffn.load_E.sum().item() for layer in transformer.layers if hasattr(layer.ffn, "load_E")]
+    assert all(load == loads[0] for load in loads)
+    assert loads[0] % model.moe.top_k == 0 and (device.type == "cuda" or loads[0] == (sum(LENS) + 9) * model.moe.top_k)
+
+
+def test_fp8_weights_give_nearly_the_same_logits(device: torch.device) -> None:
+    model = tiny("deepseek_v3")
+    wide, kv = build(model, "torch", device)
+    step = make_step(prompts(), BLOCK, device)
+    want = wide.forward(step, kv, 64)
+    narrow, kv = build(model, "triton", device, fp8=True)
+    got = narrow.forward(step, kv, 64)
+    assert ((got - want).norm() / want.norm()) < 0.1
+    values = torch.randn(3, 5, 32)
+    data, scale = quantise_rows(values)
+    assert ((data.float() * scale[..., None] - values).norm() / values.norm()) < 0.04  # 3 bits of mantissa
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_a_slice_receives_what_routing_sends(device: torch.device, skew: float) -> None:
+    model = tiny("qwen3_moe")
+    at = slice_layout(model, 4)
+    arrivals = draw_arrivals(model, at, 200, skew=skew, seed=1, device=device)
+    assert len(arrivals) == model.moe_layers and all(a.slots_N1.max() < at.slots_per_rank for a in arrivals)
+    rows = SliceComm(arrivals).rows
+    expected = 200 * model.moe.top_k
+    assert all(abs(n - expected) < (0.15 if skew == 0 else 0.95) * expected for n in rows)
+    assert skew == 0 or max(rows) - min(rows) > 0.05 * expected
+    comm, x = SliceComm(arrivals), torch.ones(200, 8, device=device)
+    arrived = comm.dispatch(x, arrivals[0].back_TK, arrivals[0].weights_N1, 200)
+    assert torch.equal(comm.combine(arrived.x_NH, arrived), x * model.moe.top_k)
+    with pytest.raises(SpecError, match="divide"):
+        slice_layout(model, 3)
+
+
+def test_the_ladder_holds_every_size() -> None:
+    for most in (1, 3, 16, 100, 256, 512):
+        sizes = ladder(most)
+        assert sizes[-1] == most and sizes == sorted(set(sizes)) and sizes[0] == 1
