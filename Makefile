@@ -11,10 +11,10 @@ demo: $(VENV)/.runtime
 	$(BIN)/eptwin demo --out run/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "slow" --timeout 900
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow" --timeout 900
 
 gpu-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu tests/runtime -rs

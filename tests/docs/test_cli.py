@@ -82,8 +82,10 @@ def test_simulate_writes_a_run_directory(tmp_path):
         "report.html",
     }
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
-    again = eptwin("report", str(out), "--out", str(tmp_path / "again.html"))
-    assert again.returncode == 0 and (tmp_path / "again.html").read_bytes() == (out / "report.html").read_bytes()
+    page = (out / "report.html").read_bytes()
+    again = eptwin("report", str(out))
+    assert again.returncode == 0 and (out / "report.html").read_bytes() == page
+    assert again.stdout.strip() == str(out / "report.html")
     for kind, word in (
         ("vllm", "--data-parallel-size 32"),
         ("sglang", "--ep-size 32"),

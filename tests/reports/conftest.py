@@ -21,9 +21,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium under playwright. Skips where either is missing."""
+    """Chromium under playwright. Skips where either is missing. Of a module, since its event loop must not outlive it."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so no page was opened")
     path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if path is None:

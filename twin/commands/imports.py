@@ -69,8 +69,10 @@ def topo(source: Path, base: str, nodes: int, out: Path | None) -> None:
 
 @import_.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(["azure", "mooncake"]), required=True)
-@click.option("--max-rows", type=click.IntRange(1, 10_000_000), default=1_000_000, show_default=True)
+@click.option("--format", "kind", type=click.Choice(["azure", "mooncake"]), required=True, help="Whose trace format.")
+@click.option(
+    "--max-rows", type=click.IntRange(1, 10_000_000), default=1_000_000, show_default=True, help="Rows to read at most."
+)
 @out
 def trace(source: Path, kind: str, max_rows: int, out: Path | None) -> None:
     """SOURCE is a request trace: show its rate and lengths; --out writes a workload YAML that replays it."""
@@ -89,7 +91,7 @@ def trace(source: Path, kind: str, max_rows: int, out: Path | None) -> None:
 
 @import_.command()
 @click.option("--system", type=click.Choice(sorted(SYSTEMS)), required=True, help="GPU system in the tables.")
-@click.option("--engine", type=click.Choice(ENGINES), required=True)
+@click.option("--engine", type=click.Choice(ENGINES), required=True, help="Engine in the tables.")
 @click.option("--version", default="newest", show_default=True, help="Engine version in the tables.")
 @click.option("--root", type=click.Path(path_type=Path), help="The wheel's systems folder; default: the installed package.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Profile file to write.")
