@@ -1,0 +1,127 @@
+"""The twin's answer to a row: mean TTFT and TPOT with intervals and sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from twin.cost.batch import StepBatch
+from twin.cost.evidence import Evidence
+from twin.cost.model import CostModel
+from twin.cost.serving import Serving, serving_of
+from twin.policy.arrivals import named_stream
+from twin.spec.cluster import ClusterSpec
+from twin.spec.errors import Infeasible
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan, PoolPlan
+from twin.validate.closed_loop import Loop, Worker, run_loop
+from twin.validate.rows import Question
+from twin.validate.step_times import StepTimes
+
+_MOST_REQUESTS = 4096
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Predicted means; `parts_s` and `sources` are those of the typical decode step."""
+
+    ttft_s: float
+    tpot_s: float
+    ttft_low_s: float
+    ttft_high_s: float
+    tpot_low_s: float
+    tpot_high_s: float
+    parts_s: dict[str, float]
+    sources: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> Evidence:
+    return Evidence.load()
+
+
+class Answers:
+    """Answers questions; keeps the cost models of pools it has met."""
+
+    def __init__(self, seed: int = 0, profile: Evidence | None = None) -> None:
+        self.seed, self.profile = seed, profile
+        self._costs: dict[str, CostModel] = {}
+
+    def costs_of(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan) -> CostModel:
+        key = "|".join((model.name, cluster.name, plan.engine, plan.engine_version or "", plan.precision.model_dump_json(),
+                        pool.model_dump_json()))
+        if key not in self._costs:
+            self._costs[key] = CostModel(model, cluster, plan, pool, profile=self.profile or _shipped(), seed=self.seed)
+        return self._costs[key]
+
+    def answer(self, question: Question) -> Answer:
+        """Predict one row. Raises SpecError where the cost model refuses the plan."""
+        isl, osl = _means(question)
+        notes: list[str] = []
+        entry: list[Worker] = []
+        decode: list[Worker] = []
+        costs: list[CostModel] = []
+        gpu = question.cluster.groups[0].gpu
+        serving = serving_of(question.plan.engine, gpu, question.concurrency, isl)
+        for pool in question.plan.pools:
+            model = self.costs_of(question.model, question.cluster, question.plan, pool)
+            costs.append(model)
+            seqs = -(-question.concurrency // (pool.dp * pool.instances)) + (8 if pool.instances > 1 else 0)
+            times = StepTimes(model, seqs, isl + osl, serving.budget_tokens, float(isl))
+            workers = [Worker(times, serving, pool.role, _room(model, notes)) for _ in range(pool.instances)]
+            (decode if pool.role == "decode" else entry).extend(workers)
+        loop = self._loop(question, entry, decode, serving, costs)
+        return _answer(question, loop, costs[-1], notes)
+
+    def _loop(self, question: Question, entry: list[Worker], decode: list[Worker], serving: Serving,
+              costs: list[CostModel]) -> Loop:
+        stream = named_stream(self.seed, "lengths")
+        simulated = 4 if question.concurrency * 4 <= _MOST_REQUESTS else 3
+        count = simulated * question.concurrency
+        isl = _draw(question.workload.isl, stream, count)
+        osl = _draw(question.workload.osl, stream, count)
+
+        def handover_s(tokens: int) -> float:
+            return costs[0].kv_transfer_bytes(tokens) / 40e9 + 5e-3 if decode else 0.0
+
+        return run_loop(entry, decode, question.concurrency, lambda i: (isl[i], osl[i]), frontend_s=serving.frontend_s,
+                        handover_s=handover_s, waves=question.waves or 10, simulated=simulated)
+
+
+def _room(costs: CostModel, notes: list[str]) -> float:
+    """KV tokens that a rank holds; without a bound where the deployment ran though our memory model says it does not fit."""
+    try:
+        return float(costs.memory().kv_tokens)
+    except Infeasible as error:
+        notes.append(str(error))
+        return float("inf")
+
+
+def _means(question: Question) -> tuple[int, int]:
+    means = []
+    for lengths in (question.workload.isl, question.workload.osl):
+        assert lengths is not None
+        means.append(round(lengths.mean) if lengths.kind == "fixed" and lengths.mean else round((lengths.low + lengths.high) / 2))  # type: ignore[operator]
+    return means[0], means[1]
+
+
+def _draw(lengths: object, stream: np.random.Generator, count: int) -> list[int]:
+    from twin.spec.workload import Lengths
+    assert isinstance(lengths, Lengths)
+    if lengths.kind == "fixed":
+        return [round(lengths.mean or 1)] * count
+    assert lengths.low is not None and lengths.high is not None
+    return [int(x) for x in stream.integers(lengths.low, lengths.high + 1, count)]
+
+
+def _answer(question: Question, loop: Loop, costs: CostModel, notes: list[str]) -> Answer:
+    isl, osl = _means(question)
+    pool = costs.pool
+    seqs = max(1.0, question.concurrency / (pool.dp * pool.instances))
+    step = costs.step(StepBatch.decode([seqs], [seqs * (isl + osl / 2)]))
+    low, high = step.low_s / step.total_s, step.high_s / step.total_s
+    return Answer(loop.ttft_s, loop.tpot_s, loop.ttft_s * low, loop.ttft_s * high, loop.tpot_s * low, loop.tpot_s * high,
+                  step.parts_s, {key: str(source) for key, source in step.sources.items()}, tuple(notes))

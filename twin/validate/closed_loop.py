@@ -1,0 +1,250 @@
+"""Mean TTFT and TPOT of a closed loop: a step loop over one deployment, with tables instead of a cost model inside.
+
+What `twin.sim` does event by event for any traffic, this does for the one traffic of serving benchmarks (users who each send
+their next request when the last ended, all at once at first) some fifty times faster; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from twin.cost.serving import Serving
+from twin.validate.step_times import StepTimes
+
+
+@dataclass(slots=True)
+class Request:
+    """One request: when it was sent, its lengths, what is left to compute, and when its tokens came."""
+
+    number: int
+    sent_s: float
+    isl: int
+    osl: int
+    done: int = 0  # prompt tokens computed
+    first_s: float = 0.0
+    end_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Rank:
+    """One DP rank: prompts in order, sequences by the decode step that ends them, and what they hold."""
+
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[tuple[int, int, Request]] = field(default_factory=list)
+    context: float = 0.0
+    held: int = 0  # KV tokens promised
+
+
+class Worker:
+    """One instance: `role` mixed, prefill (prompts alone) or decode (sequences alone). `room` is KV tokens a rank holds."""
+
+    def __init__(self, times: StepTimes, serving: Serving, role: str, room: float) -> None:
+        self.times, self.serving, self.role, self.room = times, serving, role, room
+        self.ranks = [_Rank() for _ in range(times.dp)]
+        self.unseen: deque[Request] = deque()
+        self.decoded = 0  # decode steps so far
+        self.next_poll = 0
+        self.load = 0
+
+    def send(self, request: Request) -> None:
+        self.load += 1
+        self.unseen.append(request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.unseen) or any(rank.waiting or rank.running for rank in self.ranks)
+
+    def _look(self) -> None:
+        """Take what has arrived, when this is a step at which the scheduler looks."""
+        decoding = any(rank.running for rank in self.ranks)
+        if self.unseen and (not decoding or self.decoded >= self.next_poll):
+            while self.unseen:
+                request = self.unseen.popleft()
+                rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.running))
+                rank.waiting.append(request)
+        if self.decoded >= self.next_poll:
+            self.next_poll = self.decoded + self.serving.poll_steps
+
+    def step(self, now: float, until: float) -> tuple[float, list[Request], list[Request]]:
+        """Run one step with prompts, or decode steps until something changes or `until`. Returns when it ended, whose first
+        token came, and who ended."""
+        self._look()
+        if self.role == "decode":
+            self._adopt()
+        picked = [self._pick(rank) for rank in self.ranks]
+        if any(picked):
+            return self._prompt_step(now, picked)
+        return self._decode_run(now, until)
+
+    def _adopt(self) -> None:
+        for rank in self.ranks:
+            while rank.waiting and (rank.held + rank.waiting[0].isl + rank.waiting[0].osl <= self.room or not rank.running):
+                request = rank.waiting.popleft()
+                rank.held += request.isl + request.osl
+                self._run(rank, request)
+
+    def _run(self, rank: _Rank, request: Request) -> None:
+        rank.context += request.isl + 1
+        heapq.heappush(rank.running, (self.decoded + max(request.osl - 1, 1), request.number, request))
+
+    def _pick(self, rank: _Rank) -> list[tuple[Request, int]]:
+        """Prompts (and how much of each) that fit the next step's budget and the memory."""
+        if self.role == "decode" or not rank.waiting:
+            return []
+        left = self.serving.budget_tokens - (len(rank.running) if self.serving.mixed else 0)
+        found: list[tuple[Request, int]] = []
+        while rank.waiting and left > 0:
+            request = rank.waiting[0]
+            need = request.isl - request.done
+            if not request.done:
+                if rank.held + request.isl + request.osl > self.room and (rank.running or found):
+                    break
+                if not self.serving.chunks and need > left and found:
+                    break
+            take = need if not self.serving.chunks else min(need, left)
+            found.append((request, take))
+            left -= take
+            if not request.done:
+                rank.held += request.isl + request.osl
+            request.done += take
+            if request.done < request.isl:
+                break
+            rank.waiting.popleft()
+        return found
+
+    def _prompt_step(self, now: float, picked: Sequence[list[tuple[Request, int]]]) -> tuple[float, list[Request], list[Request]]:
+        mixed = self.serving.mixed
+        tokens = [float(sum(take for _, take in found)) for found in picked]
+        pairs = [sum(take * (r.done - take / 2) for r, take in found) for found in picked]
+        depth = [p / t if t else 0.0 for p, t in zip(pairs, tokens, strict=True)]
+        n = [len(rank.running) if mixed else 0 for rank in self.ranks]
+        context = [rank.context if mixed else 0.0 for rank in self.ranks]
+        now += self.times.ranks_s(n, context, tokens, depth)
+        ended = self._advance(1, now) if mixed and any(n) else []
+        first = []
+        for rank, found in zip(self.ranks, picked, strict=True):
+            for request, _ in found:
+                if request.done >= request.isl:
+                    first.append(request)
+                    if self.role == "prefill":
+                        rank.held -= request.isl + request.osl
+                        self.load -= 1
+                    else:
+                        self._run(rank, request)
+        return now, first, ended
+
+    def _decode_run(self, now: float, until: float) -> tuple[float, list[Request], list[Request]]:
+        """Decode steps in which nothing changes, priced at the middle of the run."""
+        ends = [rank.running[0][0] for rank in self.ranks if rank.running]
+        if not ends:
+            return until, [], []
+        steps = max(1, min(ends) - self.decoded)
+        if self.unseen:
+            steps = max(1, min(steps, self.next_poll - self.decoded))
+        n = [len(rank.running) for rank in self.ranks]
+        none = [0.0] * len(n)
+
+        def each(count: int) -> float:
+            context = [rank.context + k * (count - 1) / 2 for rank, k in zip(self.ranks, n, strict=True)]
+            return self.times.ranks_s(n, context, none, none)
+
+        step_s = each(steps)
+        if now + steps * step_s > until > now:
+            steps = max(1, min(steps, int(np.ceil((until - now) / step_s))))
+            step_s = each(steps)
+        now += steps * step_s
+        return now, [], self._advance(steps, now)
+
+    def _advance(self, steps: int, now: float) -> list[Request]:
+        """All sequences gain `steps` tokens; those that reach their length leave."""
+        self.decoded += steps
+        ended = []
+        for rank in self.ranks:
+            rank.context += steps * len(rank.running)
+            while rank.running and rank.running[0][0] <= self.decoded:
+                request = heapq.heappop(rank.running)[2]
+                request.end_s = now
+                rank.context -= request.isl + request.osl
+                rank.held -= request.isl + request.osl
+                self.load -= 1
+                ended.append(request)
+        return ended
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What happened to the counted requests, means weighted as the whole test would be."""
+
+    ttft_s: float
+    tpot_s: float
+    requests: int
+    end_s: float
+
+
+def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int, lengths: Callable[[int], tuple[int, int]], *,
+             frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4) -> Loop:
+    """Serve a closed loop with `entry` workers (and `decode` workers where prompts are computed apart).
+
+    `waves` requests a user are sent in the test; of more than `simulated`, the first and the last stand for themselves and
+    those between for the rest.
+    """
+    kept = min(waves, simulated)
+    total = kept * concurrency
+    requests: list[Request] = []
+    arrivals: list[tuple[float, int, Request, bool]] = []
+
+    def send(now: float) -> None:
+        if len(requests) < total:
+            request = Request(len(requests), now, *lengths(len(requests)))
+            requests.append(request)
+            heapq.heappush(arrivals, (now + frontend_s / 2, request.number, request, False))
+
+    for _ in range(concurrency):
+        send(0.0)
+    workers = [*entry, *decode]
+    clock = [0.0] * len(workers)
+    left = total
+    while left:
+        at = min((clock[i] for i, worker in enumerate(workers) if worker.busy), default=np.inf)
+        if arrivals and arrivals[0][0] <= at:
+            _deliver(arrivals, entry, decode, clock)
+            continue
+        i = clock.index(at)
+        while not workers[i].busy:
+            i = clock.index(at, i + 1)
+        until = arrivals[0][0] if arrivals else np.inf
+        clock[i], first, ended = workers[i].step(at, float(until))
+        for request in first:
+            request.first_s = clock[i]
+            if decode:
+                heapq.heappush(arrivals, (clock[i] + handover_s(request.isl), request.number, request, True))
+        for request in ended:
+            left -= 1
+            send(request.end_s)
+    return _summary(requests, concurrency, waves, kept, frontend_s)
+
+
+def _deliver(arrivals: list[tuple[float, int, Request, bool]], entry: Sequence[Worker], decode: Sequence[Worker],
+             clock: list[float]) -> None:
+    """Hand the next arrival to the least loaded worker of its stage; an idle worker begins then."""
+    now, _, request, computed = heapq.heappop(arrivals)
+    pool, start = (decode, len(entry)) if computed else (entry, 0)
+    place = min(range(len(pool)), key=lambda k: pool[k].load)
+    if not pool[place].busy:
+        clock[start + place] = max(clock[start + place], now)
+    pool[place].send(request)
+
+
+def _summary(requests: list[Request], concurrency: int, waves: int, kept: int, frontend_s: float) -> Loop:
+    ttft = np.array([r.first_s - r.sent_s for r in requests]) + frontend_s / 2
+    tpot = np.array([(r.end_s - r.first_s) / max(r.osl - 1, 1) for r in requests])
+    weight = np.ones(len(requests))
+    if kept >= 3:
+        weight[concurrency:-concurrency] = (waves - 2) / (kept - 2)
+    return Loop(float(np.average(ttft, weights=weight)), float(np.average(tpot, weights=weight)), len(requests),
+                max(r.end_s for r in requests))

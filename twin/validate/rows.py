@@ -1,0 +1,258 @@
+"""Rows in the columns of public serving benchmarks (`silicon.csv`) as questions to the twin.
+
+for row in read_rows(Path("silicon.csv")):
+    question = question_of(row)      # a Question, or Unanswered with the reason
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from twin.spec.cluster import ClusterSpec
+from twin.spec.errors import Problem, SpecError
+from twin.spec.load import load_cluster
+from twin.spec.model import ModelSpec
+from twin.spec.parse import read_text
+from twin.spec.plan import Plan, PoolPlan, Role
+from twin.spec.workload import Arrivals, Lengths, WorkloadSpec
+from twin.validate.words import kv_dtype, model_of, precision_of
+
+MAX_FILE_BYTES = 64 << 20
+MAX_ROWS = 100_000
+REQUIRED = ("backend", "model_path", "system", "mode", "isl", "osl")
+TEXT = ("id", "silicon_data_source", "backend", "backend_version", "model_path", "system", "precision", "mode",
+        "gemm_quant_mode", "moe_quant_mode")
+_LAYOUT = ("batch_size", "num_workers", "tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+NUMBERS = ("isl", "osl", *(p + c for p in ("", "prefill_", "decode_") for c in _LAYOUT if p or c != "num_workers"),
+           "silicon_ttft_ms", "silicon_tpot_ms")
+# name of a system: cluster preset, GPUs of one NVLink domain that a pool may take, GPUs of a node
+SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "h200", "h20_sxm": "h20-96g", "h800_sxm": "h800",
+                           "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200-nvl72", "gb200_sxm": "gb200-nvl72",
+                           "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
+_WARM_SHAPES = {(1024, 1024), (1024, 8192), (8192, 1024)}  # lengths of InferenceX, which draws them from 0.8 to 1.0 of these
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: texts as written, numbers parsed (absent where blank), other columns in `peers` (predictions of others:
+    `<name>_ttft_ms`, `<name>_tpot_ms`)."""
+
+    line: int
+    texts: Mapping[str, str]
+    numbers: Mapping[str, float]
+    peers: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        return self.texts.get("id") or f"line {self.line}"
+
+    def count(self, column: str, default: int = 1) -> int:
+        return int(self.numbers.get(column, default))
+
+    @property
+    def configuration(self) -> str:
+        """What was deployed, without traffic: rows of one configuration must not sit on both sides of a split."""
+        t = self.texts
+        model = model_key(t["model_path"])
+        layout = [f"{self.numbers.get(p + c, '')}" for p in ("", "prefill_", "decode_") for c in _LAYOUT[1:]]
+        return "|".join((model, t["system"], t["backend"], t["mode"], t.get("gemm_quant_mode", ""),
+                         t.get("moe_quant_mode", ""), *layout))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a row asks. `concurrency` users in a closed loop; measured seconds are NaN where the row has none."""
+
+    row: Row
+    model: ModelSpec
+    cluster: ClusterSpec
+    plan: Plan
+    workload: WorkloadSpec
+    concurrency: int
+    measured_ttft_s: float
+    measured_tpot_s: float
+    waves: int  # requests of a user, 0 where the test does not say
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """What summaries group by."""
+        return {"gpu": self.row.texts["system"], "engine": self.plan.engine, "model": self.model.name,
+                "mode": self.row.texts["mode"], "kind": "moe" if self.model.moe is not None else "dense"}
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A row without a prediction, and why. `mistake` marks rows that no node could have run."""
+
+    row: Row
+    reason: str
+    mistake: bool = False
+
+
+def model_key(path: str) -> str:
+    """A model's path without the organisation and the release date, for grouping."""
+    name = path.rstrip("/").rsplit("/", 1)[-1].lower()
+    return "deepseek-v3" if name.startswith(("deepseek-r1", "deepseek-v3")) and "v3.2" not in name else name
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV file. Raises SpecError with line and column for anything that cannot be read."""
+    text = read_text(path, max_bytes=MAX_FILE_BYTES)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(header, path)
+        rows: list[Row] = []
+        for cells in reader:
+            if not cells:
+                continue
+            if len(rows) >= MAX_ROWS:
+                raise SpecError(f"more than {MAX_ROWS} rows", file=path)
+            rows.append(_row(header, cells, reader.line_num, path))
+    except csv.Error as error:
+        raise SpecError(Problem(f"not a CSV file: {error}", line=reader.line_num), file=path) from error
+    if not rows:
+        raise SpecError("has no rows", file=path)
+    return rows
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        raise SpecError(Problem(f"lacks the columns {', '.join(missing)}", line=1), file=path,
+                        hint="needed: " + ", ".join(REQUIRED) + "; others may be blank or absent")
+    if len(set(header)) != len(header):
+        raise SpecError(Problem("a column is named twice", line=1), file=path)
+
+
+def _row(header: list[str], cells: list[str], line: int, path: Path) -> Row:
+    if len(cells) != len(header):
+        raise SpecError(Problem(f"has {len(cells)} cells", line=line, expected=f"{len(header)}"), file=path)
+    values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    texts = {name: values.get(name, "")[:500] for name in TEXT}
+    numbers = {name: _number(values[name], name, line, path) for name in NUMBERS if values.get(name)}
+    peers = {}
+    for name, value in values.items():
+        if name.endswith(("_ttft_ms", "_tpot_ms")) and not name.startswith("silicon_") and value:
+            peers[name] = _number(value, name, line, path)
+    for name in ("isl", "osl"):
+        if name not in numbers:
+            raise SpecError(Problem("is blank", field=name, line=line, expected="tokens"), file=path)
+    return Row(line, texts, numbers, peers)
+
+
+def _number(text: str, name: str, line: int, path: Path) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    whole = name not in ("batch_size", "prefill_batch_size", "decode_batch_size") and not name.endswith("_ms")
+    if not math.isfinite(value) or value <= 0 or value > 1e9 or (whole and value != int(value)):
+        kind = "a whole number above 0" if whole else "a number above 0"
+        raise SpecError(Problem(f"cannot read {text[:40]!r}", field=name, line=line, expected=kind), file=path)
+    return value
+
+
+# --- from a row to what the twin is asked
+def question_of(row: Row, base: Path = Path()) -> Question | Unanswered:
+    """The deployment and the traffic of a row. Model files are looked for relative to `base`.
+
+    Blank fields: sizes are 1; attention DP is what makes TP x DP the ranks that hold the experts; a blank precision is the
+    checkpoint's own; concurrency is the batch of a rank times attention DP (decode workers in separated rows).
+    """
+    texts = row.texts
+    if texts["backend"] not in ("vllm", "sglang", "trtllm", "eptwin"):
+        return Unanswered(row, f"engine {texts['backend'][:40]!r} is not known: vllm, sglang, trtllm or eptwin")
+    if texts["system"] not in SYSTEMS:
+        return Unanswered(row, f"system {texts['system'][:40]!r} is not known: {', '.join(SYSTEMS)}")
+    if texts["mode"] not in ("agg", "disagg"):
+        return Unanswered(row, f"mode {texts['mode'][:40]!r} is not known: agg or disagg")
+    try:
+        model = model_of(texts["model_path"], base)
+    except SpecError as error:
+        return Unanswered(row, f"model: {error.problems[0].message}")
+    return _pools(row, model)
+
+
+def _pools(row: Row, model: ModelSpec) -> Question | Unanswered:
+    roles: tuple[tuple[str, Role], ...] = (("", "mixed"),)
+    if row.texts["mode"] == "disagg":
+        roles = (("prefill_", "prefill"), ("decode_", "decode"))
+    pools = []
+    domain = load_cluster(SYSTEMS[row.texts["system"]]).network.nvlink_domain_gpus
+    for prefix, role in roles:
+        found = _pool(row, model, prefix, role)
+        if isinstance(found, str):
+            return Unanswered(row, found)
+        gpus = found.world * row.count(prefix + "pp_size")
+        if role == "mixed" and gpus > domain:
+            return Unanswered(row, f"{gpus} GPUs exceed the {domain} of one node: a mistake of the collection", mistake=True)
+        if row.count(prefix + "pp_size") > 1:
+            return Unanswered(row, "pipeline parallelism is not modelled")
+        pools.append(found)
+    return _question(row, model, tuple(pools))
+
+
+def _pool(row: Row, model: ModelSpec, prefix: str, role: Role) -> PoolPlan | str:
+    """The pool that the columns with `prefix` describe, or why there is none."""
+    tp, given_dp = row.count(prefix + "tp_size"), row.numbers.get(prefix + "attention_dp_size")
+    moe_tp, moe_ep = row.count(prefix + "moe_tp_size"), row.count(prefix + "moe_ep_size")
+    experts = model.moe is not None
+    dp = int(given_dp) if given_dp else 1
+    if not given_dp and experts and moe_tp * moe_ep > tp and moe_tp * moe_ep % tp == 0:
+        dp = moe_tp * moe_ep // tp
+    world = tp * dp
+    ep = moe_ep if experts and world % moe_ep == 0 else 1
+    if experts and moe_tp == 1 and moe_ep == 1:
+        ep = 1  # not stated: experts are cut as attention is
+    if experts and model.moe is not None and model.moe.experts % ep:
+        return f"{model.moe.experts} experts do not divide over EP {ep}"
+    if model.attention.heads % tp and role != "prefill":
+        return f"{model.attention.heads} heads do not divide over TP {tp}"
+    workers = row.count(prefix + "num_workers") if prefix else 1
+    return PoolPlan(role=role, instances=workers, dp=dp, tp=tp, ep=ep, max_num_seqs=512, max_batch_tokens=8192,
+                    chunk_tokens=8192, block_tokens=64, memory_fraction=0.95)
+
+
+def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Question | Unanswered:
+    cluster = _cluster(row.texts["system"], sum(pool.gpus for pool in pools))
+    precision = precision_of(row.texts, model)
+    engine = row.texts["backend"]
+    precision = precision.model_copy(update={"kv": kv_dtype(engine, precision, cluster.groups[0].gpu, model)})
+    plan = Plan(name=row.name[:200], pools=pools, precision=precision, engine=engine,  # type: ignore[arg-type]
+                engine_version=row.texts["backend_version"] or None)
+    last = pools[-1]
+    prefix = "decode_" if last.role == "decode" else ""
+    batch = row.numbers.get(prefix + "batch_size", 1.0)
+    concurrency = max(1, round(batch * last.dp * last.instances))
+    isl, osl = row.count("isl"), row.count("osl")
+    drawn = (isl, osl) in _WARM_SHAPES and "auto-gap-analysis" not in row.texts["silicon_data_source"]
+    workload = WorkloadSpec(name=row.name[:200], arrivals=Arrivals(kind="closed_loop", concurrency=concurrency),
+                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn), requests=10 * concurrency)
+    numbers = row.numbers
+    return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
+                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, 10 if drawn else 0)
+
+
+def _lengths(nominal: int, drawn: bool) -> Lengths:
+    """InferenceX draws lengths uniformly from 0.8 to 1.0 of the nominal; other tests fix them."""
+    if drawn:
+        return Lengths(kind="uniform", low=max(1, int(0.8 * nominal)), high=nominal)
+    return Lengths(kind="fixed", mean=float(nominal))
+
+
+@lru_cache(maxsize=64)
+def _cluster(system: str, gpus: int) -> ClusterSpec:
+    """The preset with as many nodes as the deployment needs."""
+    name = SYSTEMS[system]
+    base = load_cluster(name)
+    group = base.groups[0]
+    nodes = -(-gpus // group.gpus_per_node)
+    # each pool may begin on a node of its own
+    return base if nodes <= group.nodes else load_cluster(f"{name}-{nodes + 1}x{group.gpus_per_node}")
