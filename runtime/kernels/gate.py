@@ -42,7 +42,8 @@ def gate_topk(
     _gate_kernel[(tokens,)](
         logits_TE, bias_E if bias_E is not None else logits_TE, weights, ids,
         slots_T if slots_T is not None else ids, load_E if load_E is not None else ids, experts, scale,
-        HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None, K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
+        HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
+        K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
         TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2",
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), num_warps=1,
     )  # fmt: skip
@@ -68,7 +69,8 @@ def _allowed_groups(choice, group, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constex
 
 @triton.jit
 def _gate_kernel(
-    logits, bias, weights, ids, slots, load, experts, scale, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits, bias, weights, ids, slots, load, experts, scale,
+    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip

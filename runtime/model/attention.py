@@ -28,9 +28,9 @@ def make_attention(model: ModelSpec, at: RankLayout, i: int, params: dict[str, t
     a = model.attention
     window = a.sliding_window if model.layer_attention[i] == "sliding" else None
     norms = (params[f"{i}.q_norm"], params[f"{i}.k_norm"]) if a.qk_norm else None
-    return Gqa(ops, weight_of(params, f"{i}.qkv"), params.get(f"{i}.qkv_bias"), weight_of(params, f"{i}.out"), params.get(f"{i}.out_bias"), norms,
-               params.get(f"{i}.sinks"), a.heads // at.tp, softmax_scale(a.rope, a.head_dim), window,
-               a.rope.interleaved, model.norm_eps)
+    return Gqa(ops, weight_of(params, f"{i}.qkv"), params.get(f"{i}.qkv_bias"), weight_of(params, f"{i}.out"),
+               params.get(f"{i}.out_bias"), norms, params.get(f"{i}.sinks"), a.heads // at.tp,
+               softmax_scale(a.rope, a.head_dim), window, a.rope.interleaved, model.norm_eps)
 
 
 @dataclass(frozen=True)

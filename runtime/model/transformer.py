@@ -4,7 +4,8 @@ Every rank holds its cut of the weights; `all_reduce` over the TP group makes at
 layers each TP rank dispatches its own share of the tokens, so that each token travels once; the shares and the partial
 sums of shared experts become whole in one all_reduce.
 
-Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L latent, R rotary, K choices, V vocabulary, A angles.
+Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L latent, R rotary, K choices, V vocabulary,
+A angles.
 """
 
 from __future__ import annotations

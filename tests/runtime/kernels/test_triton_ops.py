@@ -69,7 +69,8 @@ def test_routing(device: torch.device, rng: torch.Generator, moe: MoE) -> None:
     assert (ids[3] == -1).all() and (want_ids[3] == -1).all() and loads[0].sum() == 8 * moe.top_k
     assert torch.equal(loads[0], loads[1])
     none, real = torch.zeros(8, moe.experts, device=device), slots >= 0
-    assert torch.allclose(none.scatter(1, ids[real].long(), weights[real]), none.scatter(1, want_ids[real], want[real]), atol=1e-5)
+    got, wanted = none.scatter(1, ids[real].long(), weights[real]), none.scatter(1, want_ids[real], want[real])
+    assert torch.allclose(got, wanted, atol=1e-5)
     assert FAST.route(x[:0], router, moe, slots[:0], loads[0])[0].shape == (0, moe.top_k)
 
 

@@ -1,0 +1,252 @@
+"""Seconds of one step of a model on one GPU, held against the floor that the same run measured.
+
+    python -m benchmarks.step --model qwen3-30b-a3b --batch 1 --batch 64 --context 1024 --json out.json
+    python -m benchmarks.step --model qwen3-30b-a3b --phase prefill --batch 4 --context 4096
+    python -m benchmarks.step --model deepseek-r1 --ep 128 --rank-slice --precision fp8 --batch 128 --context 4096
+
+Weights are random. A decode step is one replay of its CUDA graph, replays following one another without the host; its
+time is the median over replays after three to warm up, its spread the 10th and 90th percentile. `--rank-slice` runs
+what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.floor import Load, Rates, phase_floors
+from benchmarks.timing import measure_ceilings, provenance, time_graph
+from runtime.batch import Segment, make_step
+from runtime.comm.experts import ExpertComm, Local
+from runtime.comm.group import solo
+from runtime.decode import DecodeRunner
+from runtime.kernels.fused import quant_fp8_rows
+from runtime.kv import make_kv
+from runtime.layout import RankLayout, single
+from runtime.model.transformer import Rig, Transformer
+from runtime.ops import ops_for
+from runtime.quantise import quantise
+from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
+from runtime.weights import load_weights
+from twin.spec.load import load_model
+from twin.spec.model import ModelSpec
+
+_WARM = 3
+Json = dict[str, Any]
+
+
+@dataclass
+class Phases:
+    """A mark that, while `listening`, records an event at every phase's beginning, in a graph too."""
+
+    listening: bool = False
+    events: list[tuple[str, torch.cuda.Event]] = field(default_factory=list)
+
+    def __call__(self, phase: str) -> None:
+        if not self.listening:
+            return
+        if phase == "embed":
+            self.events.clear()
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        event.record()
+        self.events.append((phase, event))
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, of the last replay."""
+        found: dict[str, float] = {}
+        for (phase, begin), (_, end) in pairwise(self.events):
+            found[phase] = found.get(phase, 0.0) + begin.elapsed_time(end) / 1e3
+        return found
+
+
+class Bench:
+    """A model with random weights on this GPU."""
+
+    def __init__(self, model: ModelSpec, at: RankLayout, precision: str, block_tokens: int) -> None:
+        self.model, self.at, self.block = model, at, block_tokens
+        params = load_weights(model, at, checkpoint=None, seed=0, dtype=torch.bfloat16, device="cuda")
+        self.params = quantise(params) if precision == "fp8" else params
+        self.phases = Phases()
+        self.kv: list[torch.Tensor] = []
+
+    def transformer(self, experts: ExpertComm) -> Transformer:
+        return Transformer(self.model, self.at, self.params, Rig(ops_for("triton"), solo(), experts, self.phases))
+
+    def room(self, sequences: int, context: int) -> int:
+        """Make caches, filled at random, for so many sequences; blocks of each."""
+        each = -(-context // self.block)
+        self.kv.clear()
+        self.kv += make_kv(self.model, self.at, sequences * each, self.block, torch.bfloat16, "cuda")
+        for cache in self.kv:
+            cache.normal_()
+        return each
+
+
+def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: int, rates: Rates) -> Json:
+    """One point: `batch` sequences whose context passes `context` in the middle of the replays."""
+    each = bench.room(batch, context + replays)
+    runner = DecodeRunner(bench.transformer(comm), bench.kv, bench.block, most=batch, max_context=context + replays,
+                          sizes=[batch])
+    runner.capture()
+    order = torch.randperm(batch * each).tolist()
+    start = context - replays // 2 - _WARM
+    segments = [Segment([17 + i], start, order[i * each:(i + 1) * each]) for i in range(batch)]
+    runner.run(segments)
+    seconds = _between(lambda: runner.again(batch), replays)
+    parts = _parts(bench, runner, segments)
+    rows = sum(comm.rows) if isinstance(comm, SliceComm) else batch * (bench.model.moe.top_k if bench.model.moe else 0)
+    rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
+    copied = sum(comm.rows) if isinstance(comm, SliceComm) else 0
+    load = Load(batch, float(batch * context), batch * context, batch, rows, copied)
+    return _row(bench, "decode", batch, context, batch, seconds, parts, load, rates)
+
+
+def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates) -> Json:
+    """One point: `batch` whole prompts of `length` tokens in one step."""
+    each = bench.room(batch, length)
+    model = bench.transformer(comm)
+    prompts = [Segment(torch.randint(bench.model.vocab, (length,)).tolist(), 0, range(i * each, (i + 1) * each), True)
+               for i in range(batch)]
+    step = make_step(prompts, bench.block, "cuda")
+
+    def once() -> None:
+        model.forward(step, bench.kv, batch * length)
+
+    seconds = _between(once, replays)
+    bench.phases.listening = True
+    once()
+    bench.phases("end")
+    torch.cuda.synchronize()
+    parts = bench.phases.seconds()
+    bench.phases.listening = False
+    tokens = batch * length
+    rows = tokens * (bench.model.moe.top_k if bench.model.moe else 0) * bench.model.moe_layers
+    load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, rows)
+    return _row(bench, "prefill", batch, length, tokens, seconds, parts, load, rates)
+
+
+def _between(call: Callable[[], object], replays: int) -> list[float]:
+    """Seconds from one call's beginning to the next's, calls queued one behind the other."""
+    for _ in range(_WARM):
+        call()
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        call()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+def _parts(bench: Bench, runner: DecodeRunner, segments: list[Segment]) -> dict[str, float]:
+    """Seconds by phase of a second graph with events in it."""
+    bench.phases.listening = True
+    runner.capture()
+    bench.phases.listening = False
+    found = []
+    runner.run(segments)
+    for _ in range(5):
+        runner.again(len(segments))
+        torch.cuda.synchronize()
+        found.append(bench.phases.seconds())
+    return {name: statistics.median(parts[name] for parts in found) for name in found[0]}
+
+
+def _row(bench: Bench, phase: str, batch: int, context: int, made: int, seconds: list[float], parts: dict[str, float],
+         load: Load, rates: Rates) -> Json:
+    floors = phase_floors(bench.model, bench.at, bench.params, load, rates, 2)
+    ordered, middle = sorted(seconds), statistics.median(seconds)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return {"phase": phase, "batch": batch, "context": context, "step_s": middle, "p10_s": at(0.1), "p90_s": at(0.9),
+            "replays": len(seconds), "warm_up": _WARM, "tokens_per_s": made / middle, "floor_s": sum(floors.values()),
+            "roofline_share": sum(floors.values()) / middle, "parts_s": parts, "floors_s": floors,
+            "expert_rows": load.expert_rows, "memory_bytes": torch.cuda.max_memory_allocated()}
+
+
+def measure_rates() -> Rates:
+    """The ceilings of `benchmarks.timing`, and a row-wise scaled fp8 product of the same size."""
+    ceilings = measure_ceilings()
+    n = 8192
+    (a, a_scale), (b, b_scale) = (quant_fp8_rows(torch.randn(n, n, dtype=torch.bfloat16, device="cuda")) for _ in range(2))
+    product = time_graph([lambda: torch._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None],
+                                                   out_dtype=torch.bfloat16, use_fast_accum=True)], replays=10)
+    return Rates(ceilings.read_bytes_per_s, ceilings.bf16_flop_per_s, 2 * n**3 / product.median_s)
+
+
+def show(row: Json) -> None:
+    """A line and its breakdown."""
+    click.echo(f"{row['phase']:8} batch {row['batch']:4} context {row['context']:6}  {row['step_s'] * 1e3:8.3f} ms "
+               f"({row['p10_s'] * 1e3:.3f} .. {row['p90_s'] * 1e3:.3f})  {row['tokens_per_s']:9.0f} tok/s  "
+               f"{row['roofline_share']:6.1%} of the floor {row['floor_s'] * 1e3:.3f} ms")
+    for name, seconds in sorted(row["parts_s"].items(), key=lambda item: -item[1]):
+        floor = row["floors_s"].get(name)
+        click.echo(f"    {name:16}{seconds * 1e3:9.3f} ms" + (f"   floor {floor * 1e3:.3f}" if floor else ""))
+
+
+def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,
+           replays: int, rates: Rates) -> list[Json]:
+    """Every batch at every context."""
+    rows = []
+    for batch in batches:
+        comm: ExpertComm = Local()
+        if sliced:
+            comm = SliceComm(draw_arrivals(bench.model, bench.at, batch, skew=skew, seed=1, device="cuda"))
+        for context in contexts:
+            rows.append((decode if phase == "decode" else prefill)(bench, comm, batch, context, replays, rates))
+            show(rows[-1])
+    return rows
+
+
+@click.command(help=__doc__)
+@click.option("--model", "name", default="qwen3-30b-a3b", help="A preset, a config.json or a checkpoint folder.")
+@click.option("--batch", "batches", type=int, multiple=True, default=(64,))
+@click.option("--context", "contexts", type=int, multiple=True, default=(1024,), help="Context, or prompt length in prefill.")
+@click.option("--ep", type=int, default=1, help="EP size of the instance whose rank is run.")
+@click.option("--redundant", type=int, default=0, help="Redundant experts of the instance.")
+@click.option("--rank-slice", "sliced", is_flag=True, help="Run one rank of --ep ranks.")
+@click.option("--skew", type=float, default=0.0, help="Spread of the experts' log popularity; 0: uniform.")
+@click.option("--precision", type=click.Choice(["bf16", "fp8"]), default="bf16")
+@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode")
+@click.option("--layers", type=int, default=None, help="Run only so many layers.")
+@click.option("--block-tokens", type=int, default=64)
+@click.option("--replays", type=int, default=30)
+@click.option("--commit", default=None)
+@click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write figures and provenance here.")
+def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int, redundant: int, sliced: bool, skew: float,
+         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, commit: str | None,
+         out: Path | None) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("this benchmark needs a CUDA GPU")
+    if ep > 1 and not sliced:
+        raise click.UsageError("one GPU runs EP sizes above 1 as --rank-slice alone")
+    torch.set_grad_enabled(False)
+    model = shorten(load_model(name), layers)
+    rates = measure_rates()
+    bench = Bench(model, slice_layout(model, ep, redundant) if sliced else single(model), precision, block_tokens)
+    rows = points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates)
+    if out is not None:
+        record = {"model": name, "layers": model.layers, "ep": ep, "redundant": redundant, "rank_slice": sliced, "skew": skew,
+                  "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
+                  "provenance": {**provenance(commit), "method": __doc__}}
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def shorten(model: ModelSpec, layers: int | None) -> ModelSpec:
+    """The model with its first `layers` layers alone."""
+    if layers is None or layers >= model.layers:
+        return model
+    return model.model_copy(update={"layers": layers, "layer_ffn": model.layer_ffn[:layers],
+                                    "layer_attention": model.layer_attention[:layers]})
+
+
+if __name__ == "__main__":
+    main()
