@@ -18,7 +18,7 @@ from twin.cost.measured import Ask, Measured, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Phase, Protocol
-from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of
+from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of, product_dtype
 from twin.cost.routing import place, popularity, slot_shares, touch_probability, typical_max
 from twin.cost.stack import Stack
 from twin.policy.placement import Placement, linear, slots_to_ranks
@@ -145,8 +145,10 @@ def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: floa
                         rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
     if site.profile is None:
         return plain
+    assert site.popularity_LE is not None
     return measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name, model.moe_layers,
-                                plain, compute_share) or plain
+                                plain, compute_share, even=len(site.popularity_LE) == 1,
+                                dtype=product_dtype(site.precision.experts, site.gpu)) or plain
 
 
 @dataclass(frozen=True)

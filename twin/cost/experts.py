@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twin.cost.batch import Array
-from twin.cost.interpolate import Interpolator
+from twin.cost.interpolate import Curve, Interpolator
 from twin.cost.measured import Evidence, evidence_of
 from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
 from twin.cost.routing import expected_max, load_variance, slot_shares
@@ -22,6 +22,8 @@ from twin.spec.plan import PoolPlan, Precision
 
 _TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
 _UNTUNED = 2.0  # times the roofline, at the sizes of decode steps, beyond which a table is not believed
+_SKEWED = "power_law_1.01"
+_KERNELS = ("moe_torch_flow_cutlass", "moe_torch_flow_min_latency")  # TensorRT-LLM's of nvfp4
 _COARSE: Array = _TOKENS[::2]  # where layers differ, each costs its own row
 
 
@@ -104,28 +106,44 @@ def expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: 
 
 
 def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: PoolPlan, profile: Interpolator,
-                         protocol: str, layers: int, roofline: ExpertCost, share: float = 1.0) -> ExpertCost | None:
-    """From the profile's table of an evenly loaded layer, read at the tokens that would load every rank as the fullest is.
+                         protocol: str, layers: int, roofline: ExpertCost, share: float = 1.0, *, even: bool = False,
+                         dtype: str | None = None) -> ExpertCost | None:
+    """From the profile's tables of one MoE layer, permutation included.
 
-    The table includes the permutation. None where no table of this layout is close enough, or where it says several times
-    what `roofline` does: such rows were measured with the host in the way or with a kernel nobody tuned for the shape.
+    Behind DeepEP, and where popularity is stated, the table of an even load is read at the tokens that would load every rank
+    as the fullest is. Where it is not (`even`: nothing is known of it), the table that was measured under a mild power
+    law says what real routers do: they leave experts idle in small batches. Of several kernels the fastest counts, as
+    engines choose. None where no table of this layout is close enough, or where it says several times what `roofline` does: such
+    rows were measured with the host in the way or with a kernel nobody tuned for the shape.
     """
     moe = model.moe
     assert moe is not None
     layout = protocol if protocol.startswith("deepep") and pool.ep > 1 else "fused"
     fixed = {"hidden": model.hidden, "intermediate": moe.intermediate, "top_k": moe.top_k, "moe_tp": pool.expert_tp,
              "experts": moe.experts + pool.redundant_experts, "moe_ep": pool.ep}
-    words = {"layout": layout, "dtype": precision.experts, "gated": "yes",
-             "distribution": "balanced" if layout == "fused" else "uniform"}
-    curve = profile.curve("moe", {name: float(value) for name, value in fixed.items()}, words)
-    if curve is None:
+    skewed = even and layout == "fused"
+    words = {"layout": layout, "dtype": dtype or precision.experts, "gated": "yes",
+             "distribution": _SKEWED if skewed else "balanced" if layout == "fused" else "uniform"}
+    curves = _kernels(profile, {name: float(value) for name, value in fixed.items()}, words)
+    if not curves:
         return None
-    evidence = evidence_of(curve, 128.0 * pool.dp)
+    tokens = work.tokens if skewed else work.tokens * work.pairs_max / work.pairs_mean
+    read = np.stack([curve.many(tokens) for curve in curves])
+    evidence = evidence_of(curves[int(read[:, len(tokens) // 3].argmin())], 128.0 * pool.dp)
     if evidence.half_width > 1.0:
         return None
-    seconds = curve.many(work.tokens * work.pairs_max / work.pairs_mean) * layers / share
+    seconds = read.min(axis=0) * layers / share
     plain = np.exp(roofline.log_gemm_s) + np.exp(roofline.log_permute_s)
     decoding = work.tokens <= 1024
     if np.median((seconds / plain)[decoding]) > _UNTUNED:
         return None
     return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), evidence)
+
+
+def _kernels(profile: Interpolator, fixed: dict[str, float], words: dict[str, str]) -> list[Curve]:
+    """The curves of every kernel that an engine has for these experts, as long as none is a worse guess than the first."""
+    first = profile.curve("moe", fixed, words)
+    if first is None:
+        return []
+    others = [profile.curve("moe", fixed, {**words, "kernel": name}) for name in _KERNELS] if "trtllm" in first.detail else []
+    return [first, *(c for c in others if c is not None and c.detail == first.detail and c.transferred == first.transferred)]

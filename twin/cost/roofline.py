@@ -39,6 +39,11 @@ def peak_flop_per_s(gpu: GpuSpec, dtype: str) -> float:
     return gpu.bf16_flop_per_s
 
 
+def product_dtype(dtype: str, gpu: GpuSpec) -> str:
+    """The name tables have for a product with such weights: GPUs that multiply fp4 take mxfp4 weights with fp8 inputs."""
+    return "mxfp4_mxfp8" if dtype == "mxfp4" and gpu.fp4_flop_per_s else dtype
+
+
 def activation_bytes(dtype: Dtype) -> float:
     """Bytes of one element that flows between operators: fp32 models compute in fp32, all others in bf16."""
     return 4.0 if dtype == "fp32" else 2.0
