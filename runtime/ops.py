@@ -83,28 +83,28 @@ class TorchOps:
         """x weight' + bias."""
         return F.linear(x, weight.wide(x.dtype) if isinstance(weight, Fp8Weight) else weight, bias)
 
-    def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_TA: torch.Tensor, *, heads: int,
+    def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
                    norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float,
                    interleaved: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(q [T, Q, D], k, v [T, G, D]) of fused projections, q and k normed and turned; k and v are stored as well.
 
-        `angles_TA` holds every token's cosines, then its sines.
+        `angles_PA` holds every position's cosines, then its sines.
         """
         kv_heads, dim = cache.shape[-2:]
         q, k, v = qkv_TC.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
         if norms is not None:
             q, k = self.rms_norm(q, norms[0], eps), self.rms_norm(k, norms[1], eps)
-        cos, sin = angles_TA.chunk(2, -1)
+        cos, sin = angles_PA[step.positions_T].chunk(2, -1)
         q, k = self.rope(q, cos, sin, interleaved), self.rope(k, cos, sin, interleaved)
         self.store_kv(cache, k, v, step.slots_T)
         return q, k, v
 
     def mla_rope_store(self, q_TQD: torch.Tensor, latent_TL: torch.Tensor, norm: torch.Tensor, cache: torch.Tensor,
-                       step: StepInput, angles_TA: torch.Tensor, *, eps: float,
+                       step: StepInput, angles_PA: torch.Tensor, *, eps: float,
                        interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(q with its rotary part turned, finished latents [T, L + R]); the latents are stored as well."""
-        cos, sin = angles_TA.chunk(2, -1)
-        rotary = angles_TA.shape[-1]
+        cos, sin = angles_PA[step.positions_T].chunk(2, -1)
+        rotary = angles_PA.shape[-1]
         q_nope, q_rope = q_TQD.tensor_split((q_TQD.shape[-1] - rotary,), -1)
         latent, k_rope = latent_TL.tensor_split((latent_TL.shape[-1] - rotary,), -1)
         k_rope = self.rope(k_rope[:, None], cos, sin, interleaved)[:, 0]

@@ -16,7 +16,7 @@ from runtime.batch import StepInput
 from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
 from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
-from runtime.kernels.gate import gate_topk
+from runtime.kernels.gate import gate_topk, router_logits
 from runtime.kernels.moe_layer import moe_layer
 from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
 from runtime.ops import SWIGLU_ALPHA, ExpertWeights, Fp8Weight, Router, TorchOps, Weight
@@ -51,21 +51,21 @@ class TritonOps(TorchOps):
             return super().linear(x, weight, bias)
         return _fp8_linear(x, weight, bias)
 
-    def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_TA: torch.Tensor, *, heads: int,
+    def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
                    norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float,
                    interleaved: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not len(qkv_TC):
-            return super().rope_store(qkv_TC, cache, step, angles_TA, heads=heads, norms=norms, eps=eps, interleaved=interleaved)
+            return super().rope_store(qkv_TC, cache, step, angles_PA, heads=heads, norms=norms, eps=eps, interleaved=interleaved)
         q_norm, k_norm = norms or (None, None)
-        return rope_norm_cache(qkv_TC, _rows(qkv_TC), step.slots_T, angles_TA, cache, heads=heads, interleaved=interleaved,
+        return rope_norm_cache(qkv_TC, step.positions_T, step.slots_T, angles_PA, cache, heads=heads, interleaved=interleaved,
                                q_norm_D=q_norm, k_norm_D=k_norm, eps=eps)
 
     def mla_rope_store(self, q_TQD: torch.Tensor, latent_TL: torch.Tensor, norm: torch.Tensor, cache: torch.Tensor,
-                       step: StepInput, angles_TA: torch.Tensor, *, eps: float,
+                       step: StepInput, angles_PA: torch.Tensor, *, eps: float,
                        interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if not len(q_TQD):
-            return super().mla_rope_store(q_TQD, latent_TL, norm, cache, step, angles_TA, eps=eps, interleaved=interleaved)
-        rows = mla_rope_norm_cache(q_TQD, latent_TL, norm, _rows(q_TQD), step.slots_T, angles_TA, cache,
+            return super().mla_rope_store(q_TQD, latent_TL, norm, cache, step, angles_PA, eps=eps, interleaved=interleaved)
+        rows = mla_rope_norm_cache(q_TQD, latent_TL, norm, step.positions_T, step.slots_T, angles_PA, cache,
                                    interleaved=interleaved, eps=eps)
         return q_TQD, rows
 
@@ -127,10 +127,10 @@ class TritonOps(TorchOps):
     def _logits(self, x_TH: torch.Tensor, router: Router) -> torch.Tensor:
         """fp32 logits. On a GPU half-precision tokens meet a router of their own format, summed in fp32: checkpoints keep
         routers in bf16, so that nothing is lost of those."""
-        if not x_TH.is_cuda or x_TH.dtype == torch.float32:
-            return F.linear(x_TH.float(), router.weight_EH.float(), router.bias_E)
+        if x_TH.dtype == torch.float32:
+            return F.linear(x_TH, router.weight_EH, router.bias_E)
         narrow = router.narrow_EH if router.narrow_EH is not None else router.weight_EH.to(x_TH.dtype)
-        logits = torch.mm(x_TH, narrow.t(), out_dtype=torch.float32)
+        logits = router_logits(x_TH, narrow)
         return logits if router.bias_E is None else logits + router.bias_E
 
     def gated(self, gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -145,11 +145,6 @@ class TritonOps(TorchOps):
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
                          limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Every token's own row of the step's angles."""
-    return torch.arange(len(x), device=x.device)
 
 
 def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,8 @@ MLA caches one latent a token. Decode absorbs the key and value projections into
 latent itself; prefill expands keys and values, which is cheaper for many queries.
 
 Legend: T tokens, S decoding sequences, Q query heads here, G KV heads here, D head size, N nope, R rotary, L latent,
-V value size, C context, A angles.
+V value size, C context, P positions,
+A angles.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from twin.spec.model import ModelSpec
 
 
 def make_attention(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.Tensor], ops: TorchOps) -> Gqa | Mla:
-    """Layer i's attention. Called with (x_TH, step, cache, angles_TA); returns this rank's partial sum [T, H]."""
+    """Layer i's attention. Called with (x_TH, step, cache, angles_PA); returns this rank's partial sum [T, H]."""
     if model.attention.kind == "mla":
         return _make_mla(model, at, i, params, ops)
     a = model.attention
@@ -50,9 +51,9 @@ class Gqa:
     interleaved: bool
     eps: float
 
-    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_TA: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_PA: torch.Tensor) -> torch.Tensor:
         qkv = self.ops.linear(x_TH, self.qkv, self.qkv_bias)
-        q, k, v = self.ops.rope_store(qkv, cache, step, angles_TA, heads=self.heads, norms=self.norms, eps=self.eps,
+        q, k, v = self.ops.rope_store(qkv, cache, step, angles_PA, heads=self.heads, norms=self.norms, eps=self.eps,
                                       interleaved=self.interleaved)
         y = self.ops.attention(q, cache, step, scale=self.scale, window=self.window, sinks_Q=self.sinks, fresh=(k, v))
         return self.ops.linear(y.flatten(1), self.out, self.out_bias)
@@ -78,10 +79,10 @@ class Mla:
     interleaved: bool
     eps: float
 
-    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_TA: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_PA: torch.Tensor) -> torch.Tensor:
         heads, nope, _ = self.key_up.shape
         latent = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias)
-        q, _ = self.ops.mla_rope_store(self._query(x_TH).unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_TA,
+        q, _ = self.ops.mla_rope_store(self._query(x_TH).unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
                                        eps=self.eps, interleaved=self.interleaved)
         q_nope, q_rope = q.tensor_split((nope,), -1)
         n = step.num_decodes

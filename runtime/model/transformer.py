@@ -5,7 +5,7 @@ layers each TP rank dispatches its own share of the tokens, so that each token t
 sums of shared experts become whole in one all_reduce.
 
 Legend: T tokens, H hidden, Q query heads here, G KV heads here, D head size, L latent, R rotary, K choices, V vocabulary,
-A angles.
+P positions, A angles.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Transformer:
         a = model.attention
         width = a.qk_rope_head_dim if a.kind == "mla" else rope_width(a.rope, a.head_dim)
         assert width is not None
-        inverse, self.rope_factor = inverse_frequencies(a.rope, width)
-        self.inverse_R = inverse.to(params["embed"].device)
+        inverse, factor = inverse_frequencies(a.rope, width)
+        positions = torch.arange(model.max_context, device=params["embed"].device)
+        self.angles_PA = torch.cat(cos_sin(positions, inverse.to(positions.device), factor), -1)
         self.layers = [self._layer(i, placement or linear_placement(model, at.slots)) for i in range(model.layers)]
 
     def _layer(self, i: int, placement: Placement) -> Layer:
@@ -72,12 +73,11 @@ class Transformer:
         ops, tp, mark, eps = self.rig.ops, self.rig.tp, self.rig.mark, self.model.norm_eps
         mark("embed")
         stream_TH = self._embed(step.token_ids_T)
-        angles_TA = torch.cat(cos_sin(step.positions_T, self.inverse_R, self.rope_factor), -1)
         x_TH = None
         for layer, cache in zip(self.layers, kv, strict=True):
             mark("attention")
             normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.attn_norm, eps)
-            x_TH = tp.all_reduce(layer.attention(normed, step, cache, angles_TA))
+            x_TH = tp.all_reduce(layer.attention(normed, step, cache, self.angles_PA))
             normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.ffn_norm, eps)
             x_TH = layer.ffn(normed, step.slots_T, capacity)
         mark("head")

@@ -81,7 +81,7 @@ def test_steps_of_the_runner_are_those_of_the_torch_backend(device: torch.device
 
 
 def test_fp8_weights_give_nearly_the_same_logits(device: torch.device) -> None:
-    model = tiny("deepseek_v3")
+    model = tiny("llama")  # without routing, whose near ties a rounding may turn
     wide, kv = build(model, "torch", device)
     step = make_step(prompts(), BLOCK, device)
     want = wide.forward(step, kv, 64)

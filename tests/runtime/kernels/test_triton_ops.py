@@ -9,7 +9,9 @@ from kernel_checks import HALF, normal, relative_error
 pytest.importorskip("triton")
 
 from runtime.batch import Segment, make_step
+from runtime.kernels.gate import router_logits
 from runtime.ops import ExpertWeights, Router, TorchOps
+from runtime.quantise import quantise_rows
 from runtime.triton_ops import TritonOps
 from twin.spec.model import MoE
 
@@ -72,6 +74,26 @@ def test_routing(device: torch.device, rng: torch.Generator, moe: MoE) -> None:
     got, wanted = none.scatter(1, ids[real].long(), weights[real]), none.scatter(1, want_ids[real], want[real])
     assert torch.allclose(got, wanted, atol=1e-5)
     assert FAST.route(x[:0], router, moe, slots[:0], loads[0])[0].shape == (0, moe.top_k)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 600])
+def test_router_logits_are_summed_in_fp32(device: torch.device, rng: torch.Generator, tokens: int) -> None:
+    if tokens > 512 and device.type == "cpu":
+        pytest.skip("torch has no half product with fp32 output on a CPU")
+    x, weight = normal(rng, tokens, 600, dtype=HALF).to(device), normal(rng, 24, 600, dtype=HALF).to(device)
+    assert relative_error(router_logits(x, weight), x.double() @ weight.double().T) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 60])
+def test_experts_of_fp8_weights(device: torch.device, rng: torch.Generator, rows: int) -> None:
+    w13, w2 = normal(rng, 4, 64, 64, scale=0.1).to(device), normal(rng, 4, 64, 32, scale=0.2).to(device)
+    (n13, s13), (n2, s2) = quantise_rows(w13), quantise_rows(w2)
+    x = normal(rng, rows, 64, dtype=HALF).to(device)
+    slots = torch.randint(0, 4, (rows, 3), generator=rng).to(device)
+    weights = torch.rand(rows, 3, generator=rng).to(device)
+    narrow = ExpertWeights(n13, n2, s13=s13, s2=s2)
+    want = PLAIN.experts(x.float(), slots, weights, narrow, None)
+    assert relative_error(FAST.experts(x, slots, weights, narrow, None), want) < 0.06  # activations of many rows are fp8 too
 
 
 def test_norm_and_activation(device: torch.device, rng: torch.Generator) -> None:
