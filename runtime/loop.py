@@ -124,10 +124,10 @@ class StepLoop:
             return
         self._rounds += 1
         segments = self._share(segments, packed, agreed.plan_size)
-        logits = self._forward(segments, agreed.capacity)
+        logits, greedy = self._forward(segments, agreed.capacity)
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
-            drawn = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled]).tolist() if sampled else []
+            drawn = _draw(logits, greedy, sampled)
             record = self._step_record(plan, segments)
             self.clock.mark("book")
             self._desk.book(plan, sampled, drawn, scheduled_at, record)
@@ -155,11 +155,15 @@ class StepLoop:
         self.rank.groups.tp.broadcast(buffer)
         return segments if self._desk is not None else unpack(buffer.cpu())
 
-    def _forward(self, segments: list[Segment], capacity: int) -> torch.Tensor:
+    def _forward(self, segments: list[Segment], capacity: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the rows that asked, and their greedy tokens where the step gives them as well."""
         rank = self.rank
+        if rank.decode is not None and rank.decode.fits(segments):
+            drawn = rank.decode.run(segments)
+            return drawn.logits, drawn.tokens
         step = make_step(segments, rank.pool.block_tokens, rank.device)
         with torch.inference_mode():
-            return rank.transformer.forward(step, rank.kv, capacity)
+            return rank.transformer.forward(step, rank.kv, capacity), None
 
     def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:
         """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
@@ -172,6 +176,16 @@ class StepLoop:
                 "decode_context": sum(s.start + 1 for s in segments[:decodes]), "prefill_seqs": len(plan.prefill),
                 "prefill_tokens": plan.prefill_tokens, "tokens": plan.total_tokens,
                 "prefill_context": sum(len(s.token_ids) * (s.start + len(s.token_ids) / 2) for s in segments[decodes:])}
+
+
+def _draw(logits: torch.Tensor, greedy: torch.Tensor | None, sampled: list[LiveRequest]) -> list[int]:
+    """The next token of every request."""
+    if not sampled:
+        return []
+    if greedy is None or any(request.params.temperature for request in sampled):
+        greedy = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled])
+    tokens: list[int] = greedy.tolist()
+    return tokens
 
 
 class Desk:

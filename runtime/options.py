@@ -20,6 +20,8 @@ class EngineOptions:
 
     `timeout_s` is how long a rank waits for another before it counts as lost. `threads` are torch threads a rank (None:
     the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
+    `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
+    graphs where one rank is the whole instance.
     `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
     """
 
@@ -28,6 +30,8 @@ class EngineOptions:
     dtype: Literal["fp32", "bf16"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["torch", "triton"] = "torch"
+    weights: Literal["same", "fp8"] = "same"
+    graphs: bool = True
     timeout_s: float = 8.0
     start_timeout_s: float = 120.0
     threads: int | None = None

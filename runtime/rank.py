@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +20,15 @@ from runtime.model.params import rank_params
 from runtime.model.transformer import Mark, Rig, Transformer
 from runtime.ops import ops_for
 from runtime.options import EngineOptions
+from runtime.quantise import quantise
 from runtime.weights import load_weights
 from twin.policy import placement as policy
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
+
+if TYPE_CHECKING:
+    from runtime.decode import DecodeRunner
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CPU_KV_SHARE = 0.25
@@ -41,7 +46,8 @@ class Groups:
 
 @dataclass(frozen=True)
 class Rank:
-    """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance."""
+    """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
+    steps of decodes alone, where it is there."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -55,6 +61,7 @@ class Rank:
     device: torch.device
     dense_bytes: int
     expert_bytes: int
+    decode: DecodeRunner | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -77,16 +84,23 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     mark("load")
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, placement=placement)
+    params = quantise(params) if options.weights == "fp8" else params
     rig = Rig(ops_for(options.backend), groups.tp, experts, mark)
     transformer = Transformer(model, at, params, rig, placement)
     blocks = _kv_blocks(model, pool, at, options, device, groups.control, len(everyone))
     cap = options.max_context or model.max_context
     held = {kind: sum(p.numel() * p.element_size() for name, p in params.items() if (".experts." in name) == kind)
             for kind in (False, True)}
-    return Rank(model, pool, at, groups, experts, transformer,
-                make_kv(model, at, blocks, pool.block_tokens, dtype, device), blocks,
-                min(cap, model.max_context, blocks * pool.block_tokens), device,
-                held[False], held[True])
+    kv = make_kv(model, at, blocks, pool.block_tokens, dtype, device)
+    max_context = min(cap, model.max_context, blocks * pool.block_tokens)
+    decode = None
+    if device.type == "cuda" and options.backend == "triton" and options.graphs and at.world == 1:
+        from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
+
+        mark("capture")
+        decode = DecodeRunner(transformer, kv, pool.block_tokens, most=pool.max_num_seqs, max_context=max_context)
+        decode.capture()
+    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True], decode)
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:

@@ -24,6 +24,8 @@ from twin.spec.model import MoE
 
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """cuDNN reads grouped keys as they are and runs at twice the rate of the rest on Hopper (614 against 322 TFLOP/s)."""
+_PLANNED_TOKENS = 2048
+"""Prompts shorter than this are not worth a plan of their own."""
 
 
 class TritonOps(TorchOps):
@@ -91,14 +93,14 @@ class TritonOps(TorchOps):
         out = torch.empty_like(q_TQD)
         row = 0
         for first, count in _runs(lens[n:], contexts[n:], fresh is not None):
-            length, context = lens[n + first], contexts[n + first]
-            stop = row + count * length
-            q = q_TQD[row:stop].unflatten(0, (count, length))
-            if length == context and fresh is not None:
-                k, v = (x[n + row:n + stop].unflatten(0, (count, length)) for x in fresh)
+            i, stop = n + first, row + sum(lens[n + first:n + first + count])
+            if fresh is not None and lens[i] == contexts[i]:
+                k, v = (x[n + row:n + stop] for x in fresh)
+                starts = step.query_starts[i:i + count + 1] - step.query_starts[i]
+                out[row:stop] = _whole_prompts(q_TQD[row:stop], k, v, lens[i:i + count], starts, scale)
             else:
-                k, v = (x[None] for x in _stored(cache, step.block_tables_SB[n + first], context))
-            out[row:stop] = _sdpa(q, k, v, scale).flatten(0, 1)
+                k, v = _stored(cache, step.block_tables_SB[i], contexts[i])
+                out[row:stop] = _sdpa(q_TQD[None, row:stop], k[None], v[None], scale)[0]
             row = stop
         return out
 
@@ -155,15 +157,31 @@ def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -
 
 
 def _runs(lens: Sequence[int], contexts: Sequence[int], together: bool) -> list[tuple[int, int]]:
-    """(first, count) of sequences that one call serves: neighbours of one length without a past."""
+    """(first, count) of sequences that one call serves: neighbours without a past."""
     runs: list[tuple[int, int]] = []
     for i, (length, context) in enumerate(zip(lens, contexts, strict=True)):
         first, count = runs[-1] if runs else (0, 0)
-        if together and count and length == context == lens[first] == contexts[first]:
+        if together and count and length == context and lens[first] == contexts[first]:
             runs[-1] = (first, count + 1)
         else:
             runs.append((i, 1))
     return runs
+
+
+def _whole_prompts(q_TQD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, lens: Sequence[int], starts: torch.Tensor,
+                   scale: float) -> torch.Tensor:
+    """Causal attention within each of the prompts that lie behind one another. `starts` int32 [prompts + 1].
+
+    Prompts of one length go to cuDNN, which builds a plan for every new shape; those of many lengths to one call of flash
+    attention, which does not.
+    """
+    count, longest = len(lens), max(lens)
+    if count * longest == sum(lens) and longest >= _PLANNED_TOKENS:
+        q, k, v = (x.unflatten(0, (count, longest)) for x in (q_TQD, k_TGD, v_TGD))
+        return _sdpa(q, k, v, scale).flatten(0, 1)
+    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q_TQD, k_TGD, v_TGD, starts, starts, longest, longest, 0.0, True, False, scale=scale)[0]
+    return found
 
 
 def _stored(cache: torch.Tensor, table_B: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,7 +93,8 @@ def test_experts_of_fp8_weights(device: torch.device, rng: torch.Generator, rows
     weights = torch.rand(rows, 3, generator=rng).to(device)
     narrow = ExpertWeights(n13, n2, s13=s13, s2=s2)
     want = PLAIN.experts(x.float(), slots, weights, narrow, None)
-    assert relative_error(FAST.experts(x, slots, weights, narrow, None), want) < 0.06  # activations of many rows are fp8 too
+    bound = 0.02 if rows == 1 else 0.1  # of many rows, activations are fp8 too
+    assert relative_error(FAST.experts(x, slots, weights, narrow, None), want) < bound
 
 
 def test_norm_and_activation(device: torch.device, rng: torch.Generator) -> None:
