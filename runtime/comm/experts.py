@@ -9,6 +9,7 @@ Legend: T own tokens, N received rows, H hidden, K choices, R ranks of the insta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,6 +67,11 @@ class AllToAll:
         self.sent_bytes = 0
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        return self.begin_dispatch(x_TH, slots_TK, weights_TK, capacity)()
+
+    def begin_dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor,
+                       capacity: int) -> Callable[[], Dispatched]:
+        """`dispatch`, begun (counts are exchanged at once): the function returned waits for the rows."""
         at = self.at
         owner_TK = slots_TK // at.slots_per_rank
         wanted_TE = torch.zeros(len(x_TH), at.ep, dtype=torch.bool, device=x_TH.device).scatter_(1, owner_TK, True)
@@ -76,15 +82,28 @@ class AllToAll:
         packed = _pack(x_TH[rows], slots_TK[rows], weights_TK[rows])
         counts = send.tolist()
         self._count(counts, packed)
-        x, slots, weights = _unpack(self.group.all_to_all(packed, counts, receive), x_TH, slots_TK.shape[1])
-        return Dispatched(x, _localise(slots, at), weights, (rows, counts, receive, x_TH))
+        coming = self.group.begin_all_to_all(packed, counts, receive)
+
+        def wait() -> Dispatched:
+            x, slots, weights = _unpack(coming(), x_TH, slots_TK.shape[1])
+            return Dispatched(x, _localise(slots, at), weights, (rows, counts, receive, x_TH))
+
+        return wait
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        return self.begin_combine(y_NH, arrived)()
+
+    def begin_combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> Callable[[], torch.Tensor]:
+        """`combine`, begun."""
         rows, counts, receive, x_TH = arrived.handle
         self._count(receive, y_NH)
-        back = self.group.all_to_all(y_NH, receive, counts)
-        total = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        return total.index_add_(0, rows, back.float()).to(x_TH.dtype)
+        coming = self.group.begin_all_to_all(y_NH, receive, counts)
+
+        def wait() -> torch.Tensor:
+            total = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+            return total.index_add_(0, rows, coming().float()).to(x_TH.dtype)
+
+        return wait
 
     def _count(self, rows_to: list[int], payload: torch.Tensor) -> None:
         away = sum(rows_to) - rows_to[self.group.index]
@@ -99,18 +118,33 @@ class AllGather:
         self.sent_bytes = 0
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        return self.begin_dispatch(x_TH, slots_TK, weights_TK, capacity)()
+
+    def begin_dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor,
+                       capacity: int) -> Callable[[], Dispatched]:
+        """`dispatch`, begun."""
         def padded(t: torch.Tensor, value: float) -> torch.Tensor:
             return torch.cat([t, t.new_full((capacity - len(t), t.shape[1]), value)])
 
         packed = _pack(padded(x_TH, 0), padded(slots_TK, -1), padded(weights_TK, 0))
         self.sent_bytes += packed.numel() * (self.group.size - 1)
-        x, slots, weights = _unpack(self.group.all_gather(packed).flatten(0, 1), x_TH, slots_TK.shape[1])
-        return Dispatched(x, _localise(slots, self.at), weights, (len(x_TH), capacity))
+        coming = self.group.begin_all_gather(packed)
+
+        def wait() -> Dispatched:
+            x, slots, weights = _unpack(coming().flatten(0, 1), x_TH, slots_TK.shape[1])
+            return Dispatched(x, _localise(slots, self.at), weights, (len(x_TH), capacity))
+
+        return wait
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        return self.begin_combine(y_NH, arrived)()
+
+    def begin_combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> Callable[[], torch.Tensor]:
+        """`combine`, begun."""
         n, capacity = arrived.handle
         self.sent_bytes += capacity * (self.group.size - 1) * y_NH.shape[1] * y_NH.element_size()
-        return self.group.reduce_scatter(y_NH)[:n]
+        coming = self.group.begin_reduce_scatter(y_NH)
+        return lambda: coming()[:n]
 
 
 def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout) -> ExpertComm:

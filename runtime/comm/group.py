@@ -60,6 +60,38 @@ class Group:
         guarded(lambda: dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self.pg))
         return out
 
+    def begin_all_to_all(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """`all_to_all` begun: the function returned waits for it. x may not change meanwhile."""
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        x = x.contiguous()
+        work = guarded(lambda: dist.all_to_all_single(out, x, list(receive), list(send), group=self.pg, async_op=True))
+        return self._waiter(work, out, x)
+
+    def begin_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`all_gather` begun."""
+        out = x.new_empty((self.size, *x.shape))
+        x = x.contiguous()
+        work = guarded(lambda: _all_gather(out.flatten(0, 1), x, group=self.pg, async_op=True))
+        return self._waiter(work, out, x)
+
+    def begin_reduce_scatter(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`reduce_scatter` begun."""
+        out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        x = x.contiguous()
+        work = guarded(lambda: _reduce_scatter(out, x, group=self.pg, async_op=True))
+        return self._waiter(work, out, x)
+
+    @staticmethod
+    def _waiter(work: Any, out: torch.Tensor, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+        kept = [source]  # until it has been sent
+
+        def wait() -> torch.Tensor:
+            guarded(work.wait)
+            kept.clear()
+            return out
+
+        return wait
+
     def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
         """x of the member at index `source`, in place; returns x."""
         if self.size > 1:

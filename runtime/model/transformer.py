@@ -10,8 +10,10 @@ P positions, A angles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from runtime.batch import StepInput
 from runtime.comm.experts import ExpertComm
 from runtime.comm.group import Group
+from runtime.comm.overlap import Overlap
 from runtime.layout import RankLayout
 from runtime.model.attention import make_attention
 from runtime.model.params import Placement, linear_placement, vocab_slice
@@ -28,8 +31,13 @@ from runtime.quantise import weight_of
 from twin.spec.model import ModelSpec
 
 Params = dict[str, torch.Tensor]
+T = TypeVar("T")
 Mark = Callable[[str], None]
 """Called with the name of the phase that begins."""
+Stages = Generator[None, None, torch.Tensor]
+"""Work that yields wherever something of it is on its way to other ranks, so that other work can run meanwhile."""
+Streams = Generator[None, None, tuple[torch.Tensor, torch.Tensor]]
+"""The same, of a layer or many: (what is yet to be added, the residual stream) [T, H] each."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Rig:
     tp: Group
     experts: ExpertComm
     mark: Mark = lambda phase: None
+
+    @cached_property
+    def exchange(self) -> Overlap:
+        """The expert backend, with calls that return while their messages travel."""
+        return Overlap(self.experts)
 
 
 class Transformer:
@@ -53,39 +66,39 @@ class Transformer:
         inverse, factor = inverse_frequencies(a.rope, width)
         positions = torch.arange(model.max_context, device=params["embed"].device)
         self.angles_PA = torch.cat(cos_sin(positions, inverse.to(positions.device), factor), -1)
-        self.layers = [self._layer(i, placement or linear_placement(model, at.slots)) for i in range(model.layers)]
-
-    def _layer(self, i: int, placement: Placement) -> Layer:
-        attention = make_attention(self.model, self.at, i, self.params, self.rig.ops)
-        ffn: DenseFfn | MoeFfn
-        if self.model.layer_ffn[i] == "dense":
-            ffn = DenseFfn(weight_of(self.params, f"{i}.ffn.w13"), weight_of(self.params, f"{i}.ffn.w2"), self.rig)
-        else:
-            slots = placement[self.model.layer_ffn[:i].count("moe")]
-            ffn = MoeFfn(self.model, self.at, i, self.params, self.rig, slots)
-        return Layer(self.params[f"{i}.attn_norm"], attention, self.params[f"{i}.ffn_norm"], ffn)
+        placement = placement or linear_placement(model, at.slots)
+        self.layers = [make_layer(model, at, i, params, rig, placement) for i in range(model.layers)]
 
     def forward(self, step: StepInput, kv: list[torch.Tensor], capacity: int) -> torch.Tensor:
         """Logits fp32 [rows, V] of the step's `logit_rows`, the same on all TP ranks; writes KV of all its tokens.
 
         `capacity`: the most tokens that any rank of the instance dispatches in this step (see ExpertComm).
         """
-        ops, tp, mark, eps = self.rig.ops, self.rig.tp, self.rig.mark, self.model.norm_eps
-        mark("embed")
-        stream_TH = self._embed(step.token_ids_T)
-        x_TH = None
-        for layer, cache in zip(self.layers, kv, strict=True):
-            mark("attention")
-            normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.attn_norm, eps)
-            x_TH = tp.all_reduce(layer.attention(normed, step, cache, self.angles_PA))
-            normed, stream_TH = ops.add_norm(x_TH, stream_TH, layer.ffn_norm, eps)
-            x_TH = layer.ffn(normed, step.slots_T, capacity)
-        mark("head")
-        assert x_TH is not None
-        normed, _ = ops.add_norm(x_TH[step.logit_rows], stream_TH[step.logit_rows], self.params["norm"], eps)
-        return self._head(normed)
+        x_TH, stream_TH = drive([self.stages(step, kv, capacity)])[0]
+        self.rig.mark("head")
+        rows = step.logit_rows
+        return self.head(self.rig.ops.add_norm(x_TH[rows], stream_TH[rows], self.params["norm"], self.model.norm_eps)[0])
 
-    def _embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+    def hidden(self, steps: Sequence[StepInput], kv: list[torch.Tensor], capacity: int) -> torch.Tensor:
+        """Finished states [T, H] of all tokens of one step, or of its two halves side by side; `head` makes logits of them.
+
+        `capacity` is that of the larger half.
+        """
+        parts = drive([self.stages(step, kv, capacity) for step in steps])
+        self.rig.mark("head")
+        states = [self.rig.ops.add_norm(x, stream, self.params["norm"], self.model.norm_eps)[0] for x, stream in parts]
+        return torch.cat(states) if len(states) > 1 else states[0]
+
+    def stages(self, step: StepInput, kv: list[torch.Tensor], capacity: int) -> Streams:
+        """All layers, layer by layer."""
+        self.rig.mark("embed")
+        x_TH, stream_TH = None, self.embed(step.token_ids_T)
+        for layer, cache in zip(self.layers, kv, strict=False):  # a cache more may belong to an MTP module
+            x_TH, stream_TH = yield from layer.stages(self.rig, x_TH, stream_TH, step, cache, self.angles_PA, capacity)
+        assert x_TH is not None
+        return x_TH, stream_TH
+
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         table = self.params["embed"]
         if self.rig.tp.size == 1:
             return F.embedding(ids_T, table)
@@ -96,7 +109,7 @@ class Transformer:
         rows = F.embedding(torch.where(mine, ids_T - start, 0), table)
         return self.rig.tp.all_reduce(torch.where(mine[:, None], rows, 0))
 
-    def _head(self, x_RH: torch.Tensor) -> torch.Tensor:
+    def head(self, x_RH: torch.Tensor) -> torch.Tensor:
         logits = F.linear(x_RH, self.params["embed" if self.model.tie_embeddings else "head"])
         if self.rig.tp.size > 1:
             each = -(-self.model.vocab // self.rig.tp.size)
@@ -106,12 +119,47 @@ class Transformer:
         return logits.float()
 
 
+def make_layer(model: ModelSpec, at: RankLayout, i: int, params: Params, rig: Rig, placement: Placement) -> Layer:
+    """Layer i of a model, from its parameters `{i}.*`."""
+    attention = make_attention(model, at, i, params, rig.ops)
+    ffn: DenseFfn | MoeFfn
+    if model.layer_ffn[i] == "dense":
+        ffn = DenseFfn(weight_of(params, f"{i}.ffn.w13"), weight_of(params, f"{i}.ffn.w2"), rig)
+    else:
+        ffn = MoeFfn(model, at, i, params, rig, placement[model.layer_ffn[:i].count("moe")])
+    return Layer(params[f"{i}.attn_norm"], attention, params[f"{i}.ffn_norm"], ffn, model.norm_eps)
+
+
 @dataclass(frozen=True)
 class Layer:
     attn_norm: torch.Tensor
     attention: Callable[..., torch.Tensor]
     ffn_norm: torch.Tensor
-    ffn: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    ffn: DenseFfn | MoeFfn
+    eps: float
+
+    def stages(self, rig: Rig, x_TH: torch.Tensor | None, stream_TH: torch.Tensor, step: StepInput, cache: torch.Tensor,
+               angles_PA: torch.Tensor, capacity: int) -> Streams:
+        """Attention, then FFN; x is what the layer before has yet to add to the residual stream."""
+        rig.mark("attention")
+        normed, stream_TH = rig.ops.add_norm(x_TH, stream_TH, self.attn_norm, self.eps)
+        x_TH = rig.tp.all_reduce(self.attention(normed, step, cache, angles_PA))
+        normed, stream_TH = rig.ops.add_norm(x_TH, stream_TH, self.ffn_norm, self.eps)
+        x_TH = yield from self.ffn.stages(normed, step.slots_T, capacity)
+        return x_TH, stream_TH
+
+
+def drive(works: Sequence[Generator[None, None, T]]) -> list[T]:
+    """Run generators by turns, each to its next yield; what they return. All ranks take the same turns."""
+    results: dict[int, T] = {}
+    while len(results) < len(works):
+        for i, work in enumerate(works):
+            if i not in results:
+                try:
+                    next(work)
+                except StopIteration as end:
+                    results[i] = end.value
+    return [results[i] for i in range(len(works))]
 
 
 @dataclass(frozen=True)
@@ -122,9 +170,10 @@ class DenseFfn:
     w2: Weight
     rig: Rig
 
-    def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> torch.Tensor:
+    def stages(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> Stages:
         self.rig.mark("dense_ffn")
         return self.rig.tp.all_reduce(self.partial(x_TH))
+        yield  # never reached: nothing travels here
 
     def partial(self, x_TH: torch.Tensor) -> torch.Tensor:
         """This rank's share of the sum over the width."""
@@ -152,7 +201,8 @@ class MoeFfn:
         self.replicas_ER, self.replica_count_E = replica_table(slot_experts, model.moe.experts, device)
         self.load_E = torch.zeros(model.moe.experts, dtype=torch.int64, device=device)
 
-    def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> torch.Tensor:
+    def stages(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> Stages:
+        """The layer's output [T, H]; yields while tokens travel there and while results travel back."""
         rig, mark = self.rig, self.rig.mark
         mark("gate")
         start, stop = token_share(len(x_TH), rig.tp.size, rig.tp.index)
@@ -160,15 +210,24 @@ class MoeFfn:
         ids_TK, weights_TK = rig.ops.route(mine, self.router, self.moe, slots_T[start:stop], self.load_E)
         slots_TK = ids_TK if self.in_order else self._slots(ids_TK)
         mark("dispatch")
-        arrived = rig.experts.dispatch(mine, slots_TK, weights_TK, capacity)
+        dispatched = rig.exchange.dispatch(mine, slots_TK, weights_TK, capacity)
+        out = None
+        if self.shared is not None:
+            mark("shared_experts")
+            out = self.shared.partial(x_TH)
+        yield
+        mark("dispatch")
+        arrived = dispatched()
         mark("experts")
         y_NH = rig.ops.experts(arrived.x_NH, arrived.slots_NK, arrived.weights_NK, self.weights, self.moe.swiglu_limit)
         mark("combine")
-        routed = rig.experts.combine(y_NH, arrived)
-        if self.shared is None and rig.tp.size == 1:
+        combined = rig.exchange.combine(y_NH, arrived)
+        yield
+        mark("combine")
+        routed = combined()
+        if out is None and rig.tp.size == 1:
             return routed
-        mark("shared_experts")
-        out = self.shared.partial(x_TH) if self.shared is not None else torch.zeros_like(x_TH)
+        out = torch.zeros_like(x_TH) if out is None else out
         out[start:stop] += routed
         return rig.tp.all_reduce(out)
 
