@@ -6,10 +6,12 @@ Numbers marked `assumed` are orders of magnitude from the engines' public descri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from twin.cost.engine_fits import FITS, generation
 from twin.spec.base import Source
+from twin.spec.cluster import GpuSpec
 from twin.spec.errors import SpecError
 from twin.spec.plan import CommBackend
 
@@ -28,7 +30,8 @@ class Engine:
     in the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while
     the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
     arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
-    latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with).
+    latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
+    prefill_slowdown, decode_slowdown: device time of a step with (without) prompts over the sum of its operators.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Engine:
     mla_prefill: Literal["kernel", "module"]
     source: Source = "assumed"
     note: str = ""
+    prefill_slowdown: float = 1.0
+    decode_slowdown: float = 1.0
 
 
 def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:
@@ -93,8 +98,9 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
 )}
 
 
-def engine_of(name: str) -> Engine:
-    """The engine of that name. Raises SpecError for one we do not know."""
+def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
+    """The engine of that name, as fitted on the GPU's generation where it was. Raises SpecError for one we do not know."""
     if name not in ENGINES:
         raise SpecError(f"unknown engine {name[:40]!r}", field="plan.engine", expected=", ".join(ENGINES))
-    return ENGINES[name]
+    fitted = FITS.get((name, generation(gpu)), {}) if gpu is not None else {}
+    return replace(ENGINES[name], **fitted)

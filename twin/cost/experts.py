@@ -23,6 +23,7 @@ from twin.spec.plan import PoolPlan, Precision
 _TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
 _UNTUNED = 2.0  # times the roofline, at the sizes of decode steps, beyond which a table is not believed
 _SKEWED = "power_law_1.01"
+_LENDERS, _SLOWER = ("sglang", "vllm"), 1.4
 _KERNELS = ("moe_torch_flow_cutlass", "moe_torch_flow_min_latency")  # TensorRT-LLM's of nvfp4
 _COARSE: Array = _TOKENS[::2]  # where layers differ, each costs its own row
 
@@ -107,13 +108,14 @@ def expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: 
 
 def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precision, pool: PoolPlan, profile: Interpolator,
                          protocol: str, layers: int, roofline: ExpertCost, share: float = 1.0, *, even: bool = False,
-                         dtype: str | None = None) -> ExpertCost | None:
+                         dtype: str | None = None, shared_kernels: bool = False) -> ExpertCost | None:
     """From the profile's tables of one MoE layer, permutation included.
 
     Behind DeepEP, and where popularity is stated, the table of an even load is read at the tokens that would load every rank
     as the fullest is. Where it is not (`even`: nothing is known of it), the table that was measured under a mild power
     law says what real routers do: they leave experts idle in small batches. Of several kernels the fastest counts, as
-    engines choose. None where no table of this layout is close enough, or where it says several times what `roofline` does: such
+    engines choose; with `shared_kernels` (Blackwell, where engines can run the same library's) also another engine's, if the
+    own table says much more. None where no table of this layout is close enough, or where it says several times what `roofline` does: such
     rows were measured with the host in the way or with a kernel nobody tuned for the shape.
     """
     moe = model.moe
@@ -124,20 +126,30 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     skewed = even and layout == "fused"
     words = {"layout": layout, "dtype": dtype or precision.experts, "gated": "yes",
              "distribution": _SKEWED if skewed else "balanced" if layout == "fused" else "uniform"}
-    curves = _kernels(profile, {name: float(value) for name, value in fixed.items()}, words)
-    if not curves:
-        return None
+    shape = {name: float(value) for name, value in fixed.items()}
     tokens = work.tokens if skewed else work.tokens * work.pairs_max / work.pairs_mean
-    read = np.stack([curve.many(tokens) for curve in curves])
-    evidence = evidence_of(curves[int(read[:, len(tokens) // 3].argmin())], 128.0 * pool.dp)
-    if evidence.half_width > 1.0:
-        return None
-    seconds = read.min(axis=0) * layers / share
-    plain = np.exp(roofline.log_gemm_s) + np.exp(roofline.log_permute_s)
     decoding = work.tokens <= 1024
+    found = _fastest(_kernels(profile, shape, words), tokens, 128.0 * pool.dp)
+    if found is None or found[1].half_width > 1.0:
+        return None
+    if shared_kernels and skewed:
+        for engine in _LENDERS:
+            other = _fastest(_kernels(profile.under(engine), shape, words), tokens, 128.0 * pool.dp)
+            if other is not None and other[1].half_width < 0.4 and np.median((found[0] / other[0])[decoding]) > _SLOWER:
+                found = other[0], Evidence("transferred", max(other[1].half_width, 0.35))
+    seconds = found[0] * layers / share
+    plain = np.exp(roofline.log_gemm_s) + np.exp(roofline.log_permute_s)
     if np.median((seconds / plain)[decoding]) > _UNTUNED:
         return None
-    return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), evidence)
+    return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), found[1])
+
+
+def _fastest(curves: list[Curve], tokens: Array, typical: float) -> tuple[Array, Evidence] | None:
+    """Seconds over `tokens` of the fastest kernel at each, and the evidence of the one that is so at a typical size."""
+    if not curves:
+        return None
+    read = np.stack([curve.many(tokens) for curve in curves])
+    return read.min(axis=0), evidence_of(curves[int(read[:, len(tokens) // 3].argmin())], typical)
 
 
 def _kernels(profile: Interpolator, fixed: dict[str, float], words: dict[str, str]) -> list[Curve]:

@@ -202,6 +202,10 @@ class Interpolator:
             self._curves[key] = None if choice is None else self._tabulate(choice, operator, whole, attrs)
         return self._curves[key]
 
+    def under(self, engine: str) -> Interpolator:
+        """The same question asked of another engine: several take their kernels from the same libraries."""
+        return Interpolator(self.store, self.gpu, engine, None, self.peaks)
+
     def _choose(self, operator: str, fixed: Mapping[str, float], attrs: Attrs) -> _Choice | None:
         best: _Choice | None = None
         for profile in self.store:

@@ -23,6 +23,7 @@ from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network
 from twin.cost.stack import Stack, Streams
+from twin.spec.base import Source
 from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
@@ -31,6 +32,7 @@ from twin.spec.results import Memory
 from twin.spec.scenario import Routing
 
 _CPU_RESERVED_BYTES = 300e6
+_UNMEASURED: dict[str, Source] = {"host": "assumed", "engine": "calibrated"}
 _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
 
 
@@ -53,7 +55,7 @@ class CostModel:
                             expected=", ".join(g.name for g in cluster.groups)) from None
         offset = sum(g.gpus for g in cluster.groups[: cluster.groups.index(group)])
         gpus = gpus_of(pool, self.network, offset + first_gpu)
-        engine = engine_of(plan.engine)
+        engine = engine_of(plan.engine, group.gpu)
         domains = len(np.unique(self.network.domain_of[gpus]))
         protocol = resolve_protocol(pool, engine, group.gpu, domains == 1)
         shares = placement = None
@@ -103,13 +105,17 @@ class CostModel:
             draft_s = float(self._draft_s(batch)[0])
             parts |= {"mtp/draft": draft_s} if draft_s else {}
         device_s = sum(parts.values())
+        slower = float(self._slowdown(x)[0]) - 1.0
+        if slower:
+            parts["engine/slowdown"] = slower * device_s
+            device_s += parts["engine/slowdown"]
         parts["host/overhead"] = float(self._host_s(batch)[0])
         launch_s = float(self._launch_s(x, np.array([device_s]), np.array([tbo]))[0])
         if launch_s:
             parts["host/launch"] = launch_s
         total_s = float(sum(parts.values()))
         known = stack.evidence()
-        kept = {key: known.get(key) or plain("assumed" if key.startswith("host") else "roofline") for key in parts}
+        kept = {key: known.get(key) or plain(_UNMEASURED.get(key.split("/")[0], "roofline")) for key in parts}
         low_s, high_s = interval(parts, kept)
         return StepCost(total_s, parts, {key: evidence.source for key, evidence in kept.items()}, low_s, high_s)
 
@@ -164,6 +170,7 @@ class CostModel:
                 device_s[tbo] = self._overlapped_s(self._stack_beside_comm.streams(_halved(x[tbo])))
         if self._drafts is not None:
             device_s = device_s + self._draft_s(batch)
+        device_s = device_s * self._slowdown(x)
         return np.asarray(device_s + self._host_s(batch) + self._launch_s(x, device_s, tbo))
 
     def _alone_s(self, x: Array) -> Array:
@@ -211,6 +218,12 @@ class CostModel:
         seqs = np.atleast_2d(np.asarray(batch.decode_seqs) + np.asarray(batch.prefill_seqs))
         engine = self.site.engine
         return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
+
+    def _slowdown(self, x: Array) -> Array:
+        """Device time over the sum of operators, by whether a step holds prompts: [n, d, f] -> [n]."""
+        engine = self.site.engine
+        prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
+        return np.where(prompts, engine.prefill_slowdown, engine.decode_slowdown)
 
     def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""

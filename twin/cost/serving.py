@@ -6,11 +6,9 @@ Budgets and polling are the engines' documented defaults and what public benchma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from twin.cost.engine_fits import generation
 from twin.spec.cluster import GpuSpec
-
-Generation = Literal["hopper", "blackwell", "other"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Serving:
     chunks: a prompt may be cut to fill the budget; otherwise it waits until it fits whole.
     budget_tokens: tokens of a step (for an engine that does not mix: prompt tokens of a prefill step).
     poll_steps: decode steps between two looks for new requests (1: every step).
-    prefill_kv_growth: whether decode tokens count towards the budget.
+    balance_steps: with attention DP, steps that a prompt waits for the other ranks to have one too.
     frontend_s: what a request spends outside any step until its first token leaves (HTTP, tokenizer, queues).
     """
 
@@ -30,20 +28,15 @@ class Serving:
     budget_tokens: int
     poll_steps: int
     frontend_s: float
+    balance_steps: int = 0
 
-
-def generation(gpu: GpuSpec) -> Generation:
-    """The GPU's generation by what it computes natively: fp4 since Blackwell, fp8 since Hopper."""
-    if gpu.fp4_flop_per_s:
-        return "blackwell"
-    return "hopper" if gpu.fp8_flop_per_s else "other"
 
 
 def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving:
     """How `engine` serves `concurrency` users with prompts of `isl` tokens on this GPU.
 
     vLLM: 8192 tokens a step on data-centre GPUs, chunked, decodes first. TensorRT-LLM: whole prompts beside decodes, a
-    budget sized to hold one prompt and all decodes. SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384;
+    budget sized to hold one prompt and all decodes; attention-DP ranks wait up to 60 steps to begin prompts together. SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384;
     recipes on Blackwell poll for requests only every 10 decode steps, every 30 from 16 users on.
     """
     fast = generation(gpu) == "blackwell"
@@ -51,7 +44,7 @@ def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving
         poll = (30 if concurrency >= 16 else 10) if fast else 1
         return Serving(False, True, 16384 if fast else 8192, poll, 0.030)
     if engine == "trtllm":
-        return Serving(True, False, max(8192, isl + concurrency + 128), 1, 0.020)
+        return Serving(True, False, max(8192, isl + concurrency + 128), 1, 0.020, balance_steps=60)
     if engine == "vllm":
         return Serving(True, True, 8192, 1, 0.020)
     return Serving(True, True, 8192, 1, 0.005)

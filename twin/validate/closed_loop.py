@@ -35,7 +35,7 @@ class _Rank:
     """One DP rank: prompts in order, sequences by the decode step that ends them, and what they hold."""
 
     waiting: deque[Request] = field(default_factory=deque)
-    running: list[tuple[int, int, Request]] = field(default_factory=list)
+    running: list[tuple[float, int, Request]] = field(default_factory=list)
     context: float = 0.0
     held: int = 0  # KV tokens promised
 
@@ -47,7 +47,10 @@ class Worker:
         self.times, self.serving, self.role, self.room = times, serving, role, room
         self.ranks = [_Rank() for _ in range(times.dp)]
         self.unseen: deque[Request] = deque()
-        self.decoded = 0  # decode steps so far
+        self.gain = times.costs.tokens_per_step
+        self.decoded = 0.0  # tokens that a sequence present from the start would have gained
+        self.steps = 0
+        self.held_since = -1  # step at which the first unseen prompt began to wait for other ranks
         self.next_poll = 0
         self.load = 0
 
@@ -62,13 +65,25 @@ class Worker:
     def _look(self) -> None:
         """Take what has arrived, when this is a step at which the scheduler looks."""
         decoding = any(rank.running for rank in self.ranks)
-        if self.unseen and (not decoding or self.decoded >= self.next_poll):
+        if self.unseen and (not decoding or (self.steps >= self.next_poll and self._together())):
             while self.unseen:
                 request = self.unseen.popleft()
                 rank = min(self.ranks, key=lambda r: len(r.waiting) + len(r.running))
                 rank.waiting.append(request)
-        if self.decoded >= self.next_poll:
-            self.next_poll = self.decoded + self.serving.poll_steps
+        if self.steps >= self.next_poll:
+            self.next_poll = self.steps + self.serving.poll_steps
+
+    def _together(self) -> bool:
+        """Whether attention-DP ranks begin prompts now: all have one, or the first has waited long enough."""
+        if len(self.ranks) == 1 or not self.serving.balance_steps or len(self.unseen) >= len(self.ranks):
+            self.held_since = -1
+            return True
+        if self.held_since < 0:
+            self.held_since = self.steps
+        if self.steps - self.held_since < self.serving.balance_steps:
+            return False
+        self.held_since = -1
+        return True
 
     def step(self, now: float, until: float) -> tuple[float, list[Request], list[Request]]:
         """Run one step with prompts, or decode steps until something changes or `until`. Returns when it ended, whose first
@@ -143,14 +158,15 @@ class Worker:
         ends = [rank.running[0][0] for rank in self.ranks if rank.running]
         if not ends:
             return until, [], []
-        steps = max(1, min(ends) - self.decoded)
+        steps = max(1, int(np.ceil((min(ends) - self.decoded) / self.gain - 1e-9)))
         if self.unseen:
-            steps = max(1, min(steps, self.next_poll - self.decoded))
+            look = max(self.next_poll, self.held_since + self.serving.balance_steps if self.held_since >= 0 else 0)
+            steps = max(1, min(steps, look - self.steps))
         n = [len(rank.running) for rank in self.ranks]
         none = [0.0] * len(n)
 
         def each(count: int) -> float:
-            context = [rank.context + k * (count - 1) / 2 for rank, k in zip(self.ranks, n, strict=True)]
+            context = [rank.context + k * self.gain * (count - 1) / 2 for rank, k in zip(self.ranks, n, strict=True)]
             return self.times.ranks_s(n, context, none, none)
 
         step_s = each(steps)
@@ -162,14 +178,15 @@ class Worker:
 
     def _advance(self, steps: int, now: float) -> list[Request]:
         """All sequences gain `steps` tokens; those that reach their length leave."""
-        self.decoded += steps
+        self.decoded += steps * self.gain
+        self.steps += steps
         ended = []
         for rank in self.ranks:
-            rank.context += steps * len(rank.running)
-            while rank.running and rank.running[0][0] <= self.decoded:
+            rank.context += steps * self.gain * len(rank.running)
+            while rank.running and rank.running[0][0] <= self.decoded + 1e-9:
                 request = heapq.heappop(rank.running)[2]
                 request.end_s = now
-                rank.context -= request.isl + request.osl
+                rank.context = max(0.0, rank.context - request.isl - request.osl) if rank.running else 0.0
                 rank.held -= request.isl + request.osl
                 self.load -= 1
                 ended.append(request)

@@ -21,6 +21,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.parse import read_text
 from twin.spec.plan import Plan, PoolPlan, Role
 from twin.spec.workload import Arrivals, Lengths, WorkloadSpec
+from twin.validate.recipes import ACCEPTANCE, drafts_of
 from twin.validate.words import kv_dtype, model_of, precision_of
 
 MAX_FILE_BYTES = 64 << 20
@@ -216,8 +217,9 @@ def _pool(row: Row, model: ModelSpec, prefix: str, role: Role) -> PoolPlan | str
     if model.attention.heads % tp and role != "prefill":
         return f"{model.attention.heads} heads do not divide over TP {tp}"
     workers = row.count(prefix + "num_workers") if prefix else 1
+    drafts = drafts_of(row.texts, row.numbers, model.name) if role == "mixed" and model.mtp_layers else 0
     return PoolPlan(role=role, instances=workers, dp=dp, tp=tp, ep=ep, max_num_seqs=512, max_batch_tokens=8192,
-                    chunk_tokens=8192, block_tokens=64, memory_fraction=0.95)
+                    chunk_tokens=8192, block_tokens=64, memory_fraction=0.95, mtp_draft_tokens=drafts, mtp_acceptance=ACCEPTANCE)
 
 
 def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Question | Unanswered:

@@ -31,7 +31,7 @@ def profile(gemm_floor_s: float = 5e-6, moe_floor_s: float = 60e-6) -> Profile:
         sources=(Source(name="test"),), tables=(
             Table(operator="gemm", attrs=words, shape=("n", "k"), sheets=tuple(gemms), axes={"m": M}, seconds=products,
                   spread=0.02),
-            Table(operator="moe", attrs={**words, "layout": "fused", "distribution": "balanced", "gated": "yes"},
+            Table(operator="moe", attrs={**words, "layout": "fused", "distribution": "power_law_1.01", "gated": "yes"},
                   shape=("hidden", "intermediate", "top_k", "experts", "moe_tp", "moe_ep"),
                   sheets=((2048.0, 768.0, 8.0, 128.0, 1.0, 1.0),), axes={"tokens": M}, seconds=(moe,), spread=0.02),
             Table(operator="attention_decode", attrs={**words, "kv_dtype": "bf16"},
