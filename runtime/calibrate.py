@@ -32,8 +32,10 @@ from twin.spec.provenance import provenance
 
 FORMAT = "eptwin-steps-1"
 FIELDS = ("decode_seqs", "decode_context", "prefill_tokens", "prefill_context", "prefill_seqs")
-TERMS = ("step", "any_prefill", *FIELDS)
-"""Of the fitted line: seconds = sum of coefficient x term, terms of the busiest DP rank; the first two are 1 or 0."""
+SHARED = ("decode_seqs", "prefill_tokens")
+TERMS = ("step", "any_prefill", *FIELDS, *(f"mean_{field}" for field in SHARED))
+"""Of the fitted line: seconds = sum of coefficient x term. The first two are 1 or 0, `FIELDS` are the busiest DP rank's
+(attention waits for it), `mean_*` the mean over ranks (the experts, spread over all, work on everybody's tokens)."""
 _DECODE_STEPS = 6
 _REPEATS = 3
 Json = dict[str, Any]
@@ -182,7 +184,8 @@ def fit(samples: Sequence[Json]) -> tuple[list[float], np.ndarray]:
     rows = []
     for sample in samples:
         busiest = [max(sample[field]) for field in FIELDS]
-        rows.append([1.0, float(busiest[2] > 0), *busiest])
+        shared = [statistics.fmean(sample[field]) for field in SHARED]
+        rows.append([1.0, float(busiest[2] > 0), *busiest, *shared])
     x, y = np.array(rows), np.array([sample["seconds"] for sample in samples])
     weight = np.sqrt([sample["count"] for sample in samples]) / y
     active = list(range(len(TERMS)))

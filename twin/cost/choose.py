@@ -28,7 +28,9 @@ def pool_costs(
     base = CostModel(scenario.model, scenario.cluster, plan, pool, routing=scenario.routing, profile=evidence, seed=seed,
                      network=network, first_gpu=first_gpu)  # fmt: skip
     steps = calibration.of(scenario.model.name, pool) if calibration is not None else None
-    return base if steps is None else CalibratedSteps(base, steps)
+    if calibration is None or steps is None:
+        return base
+    return CalibratedSteps(base, steps, frontend_s=calibration.frontend_s(scenario.model.name))
 
 
 @lru_cache(maxsize=4)

@@ -1,10 +1,10 @@
 """Steps of an engine that was calibrated as a whole: `eptwin calibrate` fits seconds of a step to what is in it.
 
-    seconds = step + any_prefill + a x decode_seqs + b x decode_context + c x prefill_tokens + d x prefill_context + ...
+    seconds = step + any_prefill + a x decode_seqs + b x decode_context + c x prefill_tokens + ... + m x mean_prefill_tokens
 
-with the numbers of the busiest DP rank. Whole steps hold host time, lockstep and communication, which operator tables do
-not; so where a calibration covers a pool's model and shape, it answers instead of the operators. Memory and KV bytes stay
-those of the cost model.
+with the numbers of the busiest DP rank, which attention waits for, and means over ranks, which the experts work on. Whole
+steps hold host time, lockstep and communication, which operator tables do not; so where a calibration covers a pool's model
+and shape, it answers instead of the operators. Memory and KV bytes stay those of the cost model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from twin.spec.results import Memory, Provenance
 
 FORMAT = "eptwin-steps-1"
 MAX_FILE_BYTES = 64 << 20
-TERMS = ("step", "any_prefill", "decode_seqs", "decode_context", "prefill_tokens", "prefill_context", "prefill_seqs")
+BUSIEST = ("decode_seqs", "decode_context", "prefill_tokens", "prefill_context", "prefill_seqs")
+SHARED = ("decode_seqs", "prefill_tokens")
+TERMS = ("step", "any_prefill", *BUSIEST, *(f"mean_{name}" for name in SHARED))
 
 
 class FitError(Spec):
@@ -141,11 +143,11 @@ def load_calibration(path: Path) -> CalibrationFile:
 class CalibratedSteps:
     """A pool's costs from its calibration; the same questions as CostModel's."""
 
-    def __init__(self, base: CostModel, steps: PoolSteps) -> None:
+    def __init__(self, base: CostModel, steps: PoolSteps, *, frontend_s: float = 0.0) -> None:
         unknown = set(steps.fit) - set(TERMS)
         if unknown:
             raise SpecError(f"unknown terms {sorted(unknown)}", field="fit", expected=", ".join(TERMS))
-        self.base, self.steps, self.pool = base, steps, base.pool
+        self.base, self.steps, self.pool, self.frontend_s = base, steps, base.pool, frontend_s
         self._terms: Mapping[str, float] = {term: steps.fit.get(term, 0.0) for term in TERMS}
 
     def step(self, batch: StepBatch) -> StepCost:
@@ -176,10 +178,12 @@ class CalibratedSteps:
         return self.steps_s(StepBatch(seqs_n, context_n, none, none, none))
 
     def _amounts(self, batch: StepBatch) -> dict[str, Array]:
-        """Terms of the busiest rank, [n]."""
-        named = {name: np.atleast_2d(np.asarray(getattr(batch, name), dtype=float)).max(axis=-1) for name in TERMS[2:]}
-        busy = (named["decode_seqs"] > 0) | (named["prefill_tokens"] > 0)
-        return {"step": busy.astype(float), "any_prefill": (named["prefill_tokens"] > 0).astype(float), **named}
+        """Every term of steps, [n]."""
+        by_rank = {name: np.atleast_2d(np.asarray(getattr(batch, name), dtype=float)) for name in BUSIEST}
+        busiest = {name: values.max(axis=-1) for name, values in by_rank.items()}
+        busy = (busiest["decode_seqs"] > 0) | (busiest["prefill_tokens"] > 0)
+        means = {f"mean_{name}": by_rank[name].mean(axis=-1) for name in SHARED}
+        return {"step": busy.astype(float), "any_prefill": (busiest["prefill_tokens"] > 0).astype(float), **busiest, **means}
 
     @cached_property
     def tokens_per_step(self) -> float:

@@ -90,6 +90,8 @@ class Service:
         self.decode = self._targets(seed, "decode") if plan.separated else self.entry
         self.admission = None if plan.max_outstanding is None else Admission(plan.max_outstanding)
         self.in_transfer: set[int] = set()
+        # What a request spends in the front end before a rank hears of it: it has just missed a step that began meanwhile.
+        self._frontend_s = max((float(getattr(cost, "frontend_s", 0.0)) for cost in costs), default=0.0)
         self._outstanding_tokens = 0
         self._outstanding = 0
 
@@ -117,8 +119,17 @@ class Service:
         site = self.entry.choose(request.isl - request.cached_tokens, output, request.cached_tokens)
         request.prefill_instance, request.prefill_rank = site.instance.number, site.rank
         self._note("route", request, site.instance, site.rank)
-        site.instance.enqueue(site.rank, request)
+        self._after(self._frontend_s, lambda: site.instance.enqueue(site.rank, request))
         return decision
+
+    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Do it when a delay is over; at once without one."""
+        if delay_s == 0.0:
+            action()
+            return
+        later = self.clock.at(self.clock.now + delay_s)
+        assert later.callbacks is not None
+        later.callbacks.append(lambda _: action())
 
     def resume(self, request: Request) -> bool:
         """A request that was in decode before the run began: straight to a rank that decodes. False for one that could not
