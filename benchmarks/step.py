@@ -101,12 +101,14 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     segments = [Segment([17 + i], start, order[i * each:(i + 1) * each]) for i in range(batch)]
     runner.run(segments)
     seconds = _between(lambda: runner.again(batch), replays)
+    runner.run(segments)
+    kernels = kernel_seconds(runner, batch)
     parts = _parts(bench, runner, segments)
     rows = sum(comm.rows) if isinstance(comm, SliceComm) else batch * (bench.model.moe.top_k if bench.model.moe else 0)
     rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
     copied = sum(comm.rows) if isinstance(comm, SliceComm) else 0
     load = Load(batch, float(batch * context), batch * context, batch, rows, copied)
-    return _row(bench, "decode", batch, context, batch, seconds, parts, load, rates)
+    return {**_row(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels}
 
 
 def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates) -> Json:
@@ -161,6 +163,15 @@ def _parts(bench: Bench, runner: DecodeRunner, segments: list[Segment]) -> dict[
     return {name: statistics.median(parts[name] for parts in found) for name in found[0]}
 
 
+def kernel_seconds(runner: DecodeRunner, n: int) -> dict[str, list[float]]:
+    """(seconds, launches) by kernel of one replay, as the profiler saw them, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        runner.again(n)
+        torch.cuda.synchronize()
+    rows = {event.key[:70]: [event.self_device_time_total / 1e6, event.count] for event in profile.key_averages()}
+    return dict(sorted(rows.items(), key=lambda item: -item[1][0])[:24])
+
+
 def _row(bench: Bench, phase: str, batch: int, context: int, made: int, seconds: list[float], parts: dict[str, float],
          load: Load, rates: Rates) -> Json:
     floors = phase_floors(bench.model, bench.at, bench.params, load, rates, 2)
@@ -190,6 +201,8 @@ def show(row: Json) -> None:
     for name, seconds in sorted(row["parts_s"].items(), key=lambda item: -item[1]):
         floor = row["floors_s"].get(name)
         click.echo(f"    {name:16}{seconds * 1e3:9.3f} ms" + (f"   floor {floor * 1e3:.3f}" if floor else ""))
+    for name, (seconds, launches) in row.get("kernels_s", {}).items():
+        click.echo(f"        {seconds * 1e3:8.3f} ms {launches:5.0f} x {seconds / launches * 1e6:7.1f} us  {name}")
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.comm.experts import Dispatched
+from runtime.kernels.moe_prefill import weighted_sum
 from runtime.layout import RankLayout
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
@@ -22,12 +23,13 @@ from twin.spec.model import ModelSpec
 @dataclass(frozen=True)
 class Arrival:
     """Of one layer: the own token that stands in for each arriving row, its local slot and weight; and the computed row
-    that stands in for each of the T x K rows that return."""
+    that stands in for each of the T x K rows that return, already weighted."""
 
     source_N: torch.Tensor
     slots_N1: torch.Tensor
     weights_N1: torch.Tensor
     back_TK: torch.Tensor
+    ones_TK: torch.Tensor
 
 
 class SliceComm:
@@ -45,8 +47,8 @@ class SliceComm:
         return Dispatched(x_TH[arrival.source_N], arrival.slots_N1, arrival.weights_N1, arrival)
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
-        back_TK = arrived.handle.back_TK
-        return y_NH[back_TK.flatten()].unflatten(0, back_TK.shape).sum(1)
+        arrival = arrived.handle
+        return weighted_sum(y_NH, arrival.back_TK, arrival.ones_TK, y_NH.dtype)
 
     @property
     def rows(self) -> list[int]:
@@ -89,6 +91,6 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
         n = len(local)
         weights = torch.full((n, 1), 1.0 / m.top_k, device=device)
         source = torch.randint(tokens, (n,), generator=stream, device=device)
-        back = torch.randint(n, (tokens, m.top_k), generator=stream, device=device)
-        arrivals.append(Arrival(source, local[:, None].int().contiguous(), weights, back))
+        back = torch.randint(n, (tokens, m.top_k), generator=stream, device=device).int()
+        arrivals.append(Arrival(source, local[:, None].int().contiguous(), weights, back, torch.ones_like(back).float()))
     return arrivals

@@ -87,7 +87,7 @@ def test_fp8_weights_give_nearly_the_same_logits(device: torch.device) -> None:
     want = wide.forward(step, kv, 64)
     narrow, kv = build(model, "triton", device, fp8=True)
     got = narrow.forward(step, kv, 64)
-    assert ((got - want).norm() / want.norm()) < 0.1
+    assert ((got - want).norm() / want.norm()) < 0.15
     values = torch.randn(3, 5, 32)
     data, scale = quantise_rows(values)
     assert ((data.float() * scale[..., None] - values).norm() / values.norm()) < 0.04  # 3 bits of mantissa

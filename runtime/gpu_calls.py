@@ -1,0 +1,169 @@
+"""One operator at one shape as calls to time: the engine's own kernels on random inputs, several sets of them.
+
+Sets rotate so that together they exceed the L2 cache; where one set does, there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from runtime.batch import Segment, make_step
+from runtime.kernels.attention_gqa import gqa_decode
+from runtime.kernels.attention_mla import mla_decode
+from runtime.kernels.fused import quant_fp8_rows
+from runtime.kernels.moe_layer import moe_layer
+from runtime.quantise import quantise_rows
+from runtime.triton_ops import TritonOps
+
+Call = Callable[[], object]
+Values = dict[str, int]
+_BLOCK = 64
+_LATENT, _ROPE, _NOPE, _V = 512, 64, 128, 128
+"""DeepSeek's latent attention, the one shape that profiles know."""
+_SETS_BYTES = 150e6  # two and a half times an H200's L2
+
+
+def calls_of(operator: str, attrs: dict[str, str], v: Values) -> list[Call]:
+    """Calls of an operator of a profile. Raises KeyError for one that the engine does not have."""
+    return _MAKERS[operator](attrs, v)
+
+
+def _gemm(attrs: dict[str, str], v: Values) -> list[Call]:
+    m, n, k = v["m"], v["n"], v["k"]
+    sets = _sets(2 * (n * k + m * k))
+    if attrs["dtype"] == "fp8":
+        return [fp8_product(m, n, k) for _ in range(sets)]
+    pairs = [(_randn(m, k), _randn(n, k)) for _ in range(sets)]
+    return [lambda x=x, w=w: F.linear(x, w) for x, w in pairs]
+
+
+def fp8_product(m: int, n: int, k: int) -> Call:
+    """A row-wise scaled product of fp8 with fp8, inputs quantised before."""
+    (a, a_scale), (b, b_scale) = quant_fp8_rows(_randn(m, k)), quant_fp8_rows(_randn(n, k))
+    return lambda: torch._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=torch.bfloat16,
+                                    use_fast_accum=True)
+
+
+def _moe(attrs: dict[str, str], v: Values) -> list[Call]:
+    """One rank's experts with what `tokens` of the whole EP group send them: a row for each (token, expert)."""
+    local, choices = v["experts"] // v["moe_ep"], v["top_k"]
+    w13, w2, s13, s2 = _weights(attrs["dtype"], local, v["hidden"], v["intermediate"] // v["moe_tp"])
+    sets = _sets(w13.nbytes + w2.nbytes)
+    calls = []
+    for seed in range(min(sets, 4)):
+        ids = _route(v["tokens"], v["experts"], choices, attrs["distribution"], seed)
+        if v["moe_ep"] > 1:
+            ids = ids[ids < local][:, None]
+        if not ids.numel():
+            ids = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+        x, gate = _randn(len(ids), v["hidden"]), torch.rand(ids.shape, device="cuda")
+        ids = ids.contiguous()
+        calls.append(lambda x=x, gate=gate, ids=ids: moe_layer(x, w13, w2, gate, ids, w13_scale_E2I=s13, w2_scale_EH=s2))
+    return calls
+
+
+def _route(tokens: int, experts: int, choices: int, distribution: str, seed: int) -> torch.Tensor:
+    """int32 [T, K]. balanced: uniform at random. power_law_1.01: popularities whose density falls as its 1.01st power
+    between a tenth of a token and 0.8 of all: nearly even on a logarithmic scale."""
+    stream = torch.Generator("cuda").manual_seed(seed)
+    odds = torch.zeros(experts, device="cuda")
+    if distribution != "balanced":
+        odds = torch.rand(experts, generator=stream, device="cuda") * math.log(max(8.0 * tokens, 2.0))
+    noise = torch.rand(tokens, experts, generator=stream, device="cuda").clamp(1e-12, 1 - 1e-7)
+    return (odds - noise.log().neg().log()).topk(choices, -1)[1].int()
+
+
+def _weights(dtype: str, experts: int, hidden: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None,
+                                                                        torch.Tensor | None]:
+    """Experts of one rank, with the scales of fp8 ones."""
+    w13 = torch.empty(experts, 2 * width, hidden, dtype=torch.bfloat16, device="cuda").normal_(0, hidden**-0.5)
+    w2 = torch.empty(experts, hidden, width, dtype=torch.bfloat16, device="cuda").normal_(0, width**-0.5)
+    if dtype == "bf16":
+        return w13, w2, None, None
+    (n13, s13), (n2, s2) = quantise_rows(w13), quantise_rows(w2)
+    return n13, n2, s13, s2
+
+
+def _attention_decode(attrs: dict[str, str], v: Values) -> list[Call]:
+    pages = -(-v["context"] // _BLOCK)
+    shape = (v["batch"] * pages, 2, _BLOCK, v["kv_heads"], v["head_dim"])
+    lens = torch.full((v["batch"],), v["context"], dtype=torch.int32, device="cuda")
+    calls = []
+    for _ in range(_sets(4 * math.prod(shape) // 2)):
+        cache, q = _randn(*shape), _randn(v["batch"], v["heads"], v["head_dim"])
+        table = torch.randperm(shape[0], device="cuda").int().view(v["batch"], -1).contiguous()
+        calls.append(lambda q=q, cache=cache, table=table: gqa_decode(q, cache, table, lens, scale=0.1, max_context=v["context"]))
+    return calls
+
+
+def _attention_prefill(attrs: dict[str, str], v: Values) -> list[Call]:
+    count, length = v["batch"], v["new_tokens"]
+    q, k, x = (_randn(count * length, heads, v["head_dim"]) for heads in (v["heads"], v["kv_heads"], v["kv_heads"]))
+    step = make_step([Segment([0] * length, 0, range(-(-length // _BLOCK)), True)] * count, _BLOCK, "cuda")
+    cache = torch.empty(0, 2, _BLOCK, v["kv_heads"], v["head_dim"], dtype=torch.bfloat16, device="cuda")
+    ops = TritonOps()
+    return [lambda: ops.prefill_attention(q, cache, step, scale=0.1, window=None, sinks_Q=None, fresh=(k, x))]
+
+
+def _mla_decode(attrs: dict[str, str], v: Values) -> list[Call]:
+    pages = -(-v["context"] // _BLOCK)
+    shape = (v["batch"] * pages, _BLOCK, _LATENT + _ROPE)
+    lens = torch.full((v["batch"],), v["context"], dtype=torch.int32, device="cuda")
+    calls = []
+    for _ in range(_sets(2 * math.prod(shape))):
+        cache, q = _randn(*shape), _randn(v["batch"], v["heads"], _LATENT + _ROPE)
+        table = torch.randperm(shape[0], device="cuda").int().view(v["batch"], -1).contiguous()
+        calls.append(lambda q=q, cache=cache, table=table: mla_decode(q, cache, table, lens, scale=0.1, latent=_LATENT,
+                                                                      max_context=v["context"]))
+    return calls
+
+
+def _mla_prefill(attrs: dict[str, str], v: Values) -> list[Call]:
+    length, ops = v["new_tokens"], TritonOps()
+    q, k = (_randn(length, v["heads"], _NOPE + _ROPE) for _ in range(2))
+    x = _randn(length, v["heads"], _V)
+
+    def each() -> None:
+        for _ in range(v["batch"]):  # as the engine does, prompt by prompt
+            ops.causal_attention(q, k, x, scale=0.1)
+
+    return [each]
+
+
+_MAKERS: dict[str, Callable[[dict[str, str], Values], list[Call]]] = {
+    "gemm": _gemm, "moe": _moe, "attention_decode": _attention_decode, "attention_prefill": _attention_prefill,
+    "mla_decode": _mla_decode, "mla_prefill": _mla_prefill,
+}
+
+
+def read_kernel() -> tuple[Call, int]:
+    """A call that reads 2 GiB of random words and nothing else, and its bytes."""
+    words, programs = 1 << 29, torch.cuda.get_device_properties(0).multi_processor_count * 8
+    data = torch.randint(0, 1 << 30, (words,), dtype=torch.int32, device="cuda")
+    out = torch.empty(programs, dtype=torch.int32, device="cuda")
+    return lambda: _read[(programs,)](data, out, words, programs, BLOCK=4096, num_warps=8), 4 * words
+
+
+@triton.jit
+def _read(data, out, words, programs, BLOCK: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.int32)
+    for start in range(pid * BLOCK * 2, words, programs * BLOCK * 2):
+        acc += tl.load(data + start + lane)
+        acc ^= tl.load(data + start + BLOCK + lane)
+    tl.store(out + pid, tl.sum(acc))
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def _sets(set_bytes: float) -> int:
+    return max(1, min(16, math.ceil(_SETS_BYTES / max(set_bytes, 1))))
