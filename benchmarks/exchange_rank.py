@@ -85,6 +85,7 @@ class Bench:
             rows = self._rows(self.inputs[:1])
             free, fresh = self.free_running(), self.fresh_entry()
             wrong += self.check(seed=2)
+            self.stream.synchronize()
             self.exchange.check()
         return {"mistakes": wrong, "free_s": free, "fresh_s": fresh, "rows": rows[0], "rows_away": rows[1]}
 
@@ -125,6 +126,8 @@ class Bench:
 
         phases = {"barrier": lambda i: self.exchange.meet(arrivals[i % SETS]), "dispatch": self._dispatch,
                   "pair": lambda i: combine(self._dispatch(i)), "combine": lambda i: combine(arrivals[i % SETS])}
+        if self.case.rows == "fp8":
+            phases["widen"] = lambda i: self.exchange.widen(arrivals[i % SETS])
         return {name: self._replays(phase) for name, phase in phases.items()}
 
     def fresh_entry(self) -> dict[str, list[float]]:
@@ -159,7 +162,8 @@ class Bench:
         return self.exchange.dispatch(sent.x_TH, sent.slots_TK, sent.weights_TK, self.case.tokens)
 
     def _compute(self, arrival: Arrival) -> torch.Tensor:
-        y_NH = apply_experts(arrival.x_NH, arrival.slots_NK, arrival.weights_NK, self.rank * self.slots_per_rank,
+        wide = self.exchange.widen(arrival)
+        y_NH = apply_experts(wide.x_NH, arrival.slots_NK, arrival.weights_NK, self.rank * self.slots_per_rank,
                              self.case.experts)
         return y_NH if arrival.out_NH is None else arrival.out_NH.copy_(y_NH)
 
@@ -207,12 +211,14 @@ def name_the_lost(rank: int, ranks: int) -> str:
     for patience_s in (30.0, _LOST_AFTER_S):  # the first compiles, which may take long
         exchange = SymmExchange(over(dist.group.WORLD), rank, ranks, slots_per_rank=1, timeout_s=patience_s)
         exchange.dispatch(sent.x_TH, sent.slots_TK, sent.weights_TK, 1)
+        torch.cuda.synchronize()
         exchange.check()
     dist.barrier()
     began, wrong = time.monotonic(), ""
     if rank != ranks - 1:
         for _ in range(10):  # the first waits, the others must not
             exchange.dispatch(sent.x_TH, sent.slots_TK, sent.weights_TK, 1)
+        torch.cuda.synchronize()
         try:
             exchange.check()
             wrong = "a rank that stayed away was not missed"

@@ -26,7 +26,7 @@ SWIGLU_ALPHA = 1.702
 @dataclass(frozen=True)
 class ExpertWeights:
     """Local experts: `w13` holds gate rows, then up rows [E, 2I, H]; `w2` [E, H, I]; biases [E, 2I] and [E, H]; of fp8
-    weights, the scales of their rows [E, 2I] and [E, H]."""
+    weights, the scales of their rows [E, 2I] and [E, H]. `slots`: over how many slots of all ranks choices spread (0: E)."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -34,6 +34,7 @@ class ExpertWeights:
     b2: torch.Tensor | None = None
     s13: torch.Tensor | None = None
     s2: torch.Tensor | None = None
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,9 @@ class TorchOps:
         return (up + 1) * gate * torch.sigmoid(gate * SWIGLU_ALPHA)
 
     def experts(self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, w: ExpertWeights,
-                limit: float | None) -> torch.Tensor:
-        """y_N = sum over K of weight * expert(x); choices with a slot outside 0..E-1 add nothing."""
+                limit: float | None, out_NH: torch.Tensor | None = None) -> torch.Tensor:
+        """y_N = sum over K of weight * expert(x); choices with a slot outside 0..E-1 add nothing. `out_NH` may be filled and
+        returned."""
         n_slots, choices = w.w13.shape[0], slots_NK.shape[1]
         w13, w2 = _wide(w.w13, w.s13, x_NH.dtype), _wide(w.w2, w.s2, x_NH.dtype)
         flat = slots_NK.flatten()

@@ -141,12 +141,12 @@ class TritonOps(TorchOps):
         return super().gated(gate_up, limit)
 
     def experts(self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, w: ExpertWeights,
-                limit: float | None) -> torch.Tensor:
+                limit: float | None, out_NH: torch.Tensor | None = None) -> torch.Tensor:
         if not len(x_NH):
             return x_NH
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
-                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2)
+                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=w.slots or None, out_TH=out_NH)
 
 
 def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Dispatch and combine: tokens go to the ranks that hold their experts, weighted sums come back.
 
-One interface, three backends that need only torch.distributed. Every rank brings tokens that no other rank brings.
-`dispatch` gives rows to compute with their local slots (-1: not here); `combine` takes one partial sum a row and returns
-each token's total. Rows may be padding (all slots -1), so a backend with fixed buffers fits the same interface.
+One interface; three backends need only torch.distributed, `symm` CUDA devices and triton. Every rank brings tokens that
+no other rank brings. `dispatch` gives rows to compute with their local slots (-1: not here); `combine` takes one partial
+sum a row and returns each token's total. Rows may be padding (all slots -1): a backend with fixed buffers fits as well.
 
 Legend: T own tokens, N received rows, H hidden, K choices, R ranks of the instance.
 """
@@ -29,6 +29,8 @@ class Dispatched:
     slots_NK: torch.Tensor
     weights_NK: torch.Tensor
     handle: Any = None
+    out_NH: torch.Tensor | None = None
+    """Where results [N, H] may be written so that `combine` need not move them."""
 
 
 class ExpertComm(Protocol):
@@ -147,20 +149,61 @@ class AllGather:
         return lambda: coming()[:n]
 
 
-def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout) -> ExpertComm:
-    """The backend a plan names. `auto` moves tokens only where experts are spread, else gathers.
+class Symmetric:
+    """Through symmetric memory (`runtime.comm.symm`), which a CUDA graph can hold. Steps in which a rank may bring more
+    than `most` tokens go by `AllToAll`: buffers of fixed size would be large and mostly padding."""
+
+    def __init__(self, group: Group, at: RankLayout, *, fp8: bool, timeout_s: float, most: int = 512) -> None:
+        from runtime.comm.symm import SymmExchange, over  # needs triton
+
+        self.exchange = SymmExchange(over(group.pg), group.index, group.size, slots_per_rank=at.slots_per_rank,
+                                     expert_tp=at.expert_tp, fp8=fp8, timeout_s=timeout_s)
+        self._large, self._most = AllToAll(group, at), most
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.exchange.sent_bytes + self._large.sent_bytes
+
+    def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
+        if capacity > self._most:
+            return self._large.dispatch(x_TH, slots_TK, weights_TK, capacity)
+        came = self.exchange.widen(self.exchange.dispatch(x_TH, slots_TK, weights_TK, capacity))
+        return Dispatched(came.x_NH, came.slots_NK, came.weights_NK, came, came.out_NH)
+
+    def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
+        if isinstance(arrived.handle, tuple):
+            return self._large.combine(y_NH, arrived)
+        return self.exchange.combine(y_NH, arrived.handle)
+
+
+def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout, *, device: str = "cpu",
+                     fp8: bool = False, timeout_s: float = 60.0) -> ExpertComm:
+    """The backend a plan names. `auto` moves tokens only where experts are spread, else gathers; between CUDA devices it
+    moves them through symmetric memory. With `fp8` rows travel to experts in fp8 where the backend can do so (symm), where
+    a rank that keeps the others waiting for `timeout_s` is lost.
 
     Raises SpecError for a backend that this build does not have.
     """
     if group.size == 1:
         return Local()
     if backend == "auto":
-        backend = "gloo" if at.ep > 1 else "ag_rs"
+        backend = ("symm" if device == "cuda" else "gloo") if at.ep > 1 else "ag_rs"
+    if backend == "symm" and device != "cuda":
+        raise SpecError("symmetric memory needs CUDA devices", field="comm", expected="auto, gloo or ag_rs on CPUs")
+    if backend == "symm":
+        return Symmetric(group, at, fp8=fp8, timeout_s=timeout_s)
     if backend in ("gloo", "nccl"):
         return AllToAll(group, at)
     if backend == "ag_rs":
         return AllGather(group, at)
-    raise SpecError(f"comm backend {backend} is not in this build", field="comm", expected="auto, gloo, nccl or ag_rs")
+    raise SpecError(f"comm backend {backend} is not in this build", field="comm", expected="auto, symm, gloo, nccl or ag_rs")
+
+
+def check_peers(comm: ExpertComm) -> None:
+    """Raise PeerLost when a rank kept the others waiting in what the device has done so far; other backends raise it from
+    the call that waits."""
+    if isinstance(comm, Symmetric):
+        comm.exchange.check()
 
 
 def _pack(x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:

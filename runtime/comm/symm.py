@@ -89,13 +89,14 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Rows that came, with local slots (-1: nothing here, and the row may hold anything). Results written into `out_NH`
-    [N, H] are not copied again. `source_TH`, `source_TK`: what this rank sent."""
+    """Rows that came, with local slots (-1: nothing here, and the row may hold anything); fp8 rows have a scale each.
+    Results written into `out_NH` [N, H] are not copied again. `source_TH`, `source_TK`: what this rank sent."""
 
     x_NH: torch.Tensor
     slots_NK: torch.Tensor
     weights_NK: torch.Tensor
     out_NH: torch.Tensor | None
+    scale_N: torch.Tensor | None
     which: int
     capacity: int
     source_TH: torch.Tensor
@@ -112,6 +113,7 @@ class _State:
 
     present_W: torch.Tensor
     lost_W: torch.Tensor
+    alarm_W: torch.Tensor  # the same in the host's memory, to be read without waiting for the device
     moved: torch.Tensor  # rows sent, rows fetched
 
 
@@ -145,15 +147,16 @@ class SymmExchange:
         rounded = 1 << (capacity - 1).bit_length() if capacity > 1 else 1
         self._buffers = self._allocate(Shape(self.world, rounded, hidden, choices, dtype, self._fp8), device)
         if self._state is None:
+            alarm = torch.zeros(self.world, dtype=torch.int32, pin_memory=device.type == "cuda")
             ones = torch.ones(self.world, dtype=torch.int32, device=device)
-            self._state = _State(ones, torch.zeros_like(ones), torch.zeros(2, dtype=torch.int64, device=device))
+            self._state = _State(ones, torch.zeros_like(ones), alarm, torch.zeros(2, dtype=torch.int64, device=device))
         return self._buffers
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Arrival:
-        """Send tokens to the ranks of their slots and see what came. T <= capacity."""
+        """Send tokens to the ranks of their slots and see what came, in fp8 as it came. T <= capacity."""
         arrival = self.send(x_TH, slots_TK, weights_TK, capacity)
         self.meet(arrival)
-        return self.receive(arrival)
+        return arrival
 
     def combine(self, y_NH: torch.Tensor, arrival: Arrival) -> torch.Tensor:
         """Each own token's sum over its experts' results, [T, H]."""
@@ -175,16 +178,15 @@ class SymmExchange:
                        buffers.view(at.slots, (rows, choices), torch.int32),
                        buffers.view(at.weights, (rows, choices), torch.float32),
                        None if self._push_back else buffers.view(at.y, (rows, shape.hidden), shape.dtype),
+                       buffers.view(at.scale, (rows,), torch.float32) if self._fp8 else None,
                        which, capacity, x_TH, slots_TK, buffers)
 
-    def receive(self, arrival: Arrival) -> Arrival:
+    def widen(self, arrival: Arrival) -> Arrival:
         """The arrival with rows in the dtype that was sent."""
-        if not self._fp8:
+        if arrival.scale_N is None:
             return arrival
-        buffers, rows = arrival.buffers, len(arrival.slots_NK)
-        scale_N = buffers.view(buffers.shape.places(arrival.which).scale, (rows,), torch.float32)
-        wide = torch.empty(arrival.x_NH.shape, dtype=buffers.shape.dtype, device=arrival.x_NH.device)
-        return replace(arrival, x_NH=kernels.widen(arrival.x_NH, scale_N, arrival.slots_NK, wide))
+        wide = torch.empty(arrival.x_NH.shape, dtype=arrival.buffers.shape.dtype, device=arrival.x_NH.device)
+        return replace(arrival, x_NH=kernels.widen(arrival.x_NH, arrival.scale_N, arrival.slots_NK, wide), scale_N=None)
 
     def give(self, y_NH: torch.Tensor, arrival: Arrival) -> None:
         """The first half of `combine`: put results where their sources will look."""
@@ -206,11 +208,11 @@ class SymmExchange:
         assert state is not None
         which = arrival.which
         kernels.meet(self._peers(arrival.buffers), arrival.buffers.shape.places(which), arrival.buffers.turns[which:which + 1],
-                     state.present_W, state.lost_W, self._timeout_ns)
+                     state.present_W, state.lost_W, state.alarm_W, self._timeout_ns)
 
     def check(self) -> None:
-        """Wait for the device. Raises PeerLost naming the ranks (by index) that a barrier waited for in vain."""
-        lost = [] if self._state is None else self._state.lost_W.nonzero().flatten().tolist()
+        """Raises PeerLost naming the ranks (by index) that a barrier waited for in vain, of what the device has done."""
+        lost = [] if self._state is None else self._state.alarm_W.nonzero().flatten().tolist()
         if lost:
             raise PeerLost(f"rank {', '.join(map(str, lost))} of {self.world} did not come to the exchange "
                            f"within {self._timeout_ns / 1e9:g} s")
@@ -220,6 +222,7 @@ class SymmExchange:
         assert self._state is not None
         self._state.present_W[index] = 0
         self._state.lost_W[index] = 0
+        self._state.alarm_W[index] = 0
 
     @property
     def moved_rows(self) -> tuple[int, int]:

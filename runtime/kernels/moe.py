@@ -61,18 +61,21 @@ def fused_moe(
     alpha: float = 1.702,
     limit: float = 7.0,
     tiles: Tiles | None = None,
+    all_experts: int | None = None,
+    out_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_TH = sum over a token's local choices of weight * (act(x w13' + b13) w2' + b2), in x's dtype, fp32 inside.
 
     `w13` holds the gate rows, then the up rows. `activation`: "silu_mul" is silu(gate) * up; "swiglu_clamped" is
     gpt-oss's (up + 1) * gate * sigmoid(alpha * gate), gate clamped above and up both ways at `limit`. Weights may be
     float8_e4m3fn with one fp32 scale an output row; activations stay in x's dtype. Choices whose expert is not local
-    (`expert_map`, or ids outside 0..E-1) add nothing. CUDA-graph safe.
+    (`expert_map`, or ids outside 0..E-1) add nothing. `all_experts`: how many the choices are spread over, where that is
+    more than E and there is no map. The result goes into `out_TH` where given. CUDA-graph safe.
     """
     tokens, choices = topk_ids_TK.shape
     experts, hidden = w2_EHI.shape[0], w2_EHI.shape[1]
     assert x_TH.is_contiguous() and w13_E2IH.is_contiguous() and w2_EHI.is_contiguous()
-    tiles = tiles or choose_tiles(tokens * choices, _all_experts(experts, expert_map), w13_E2IH.element_size())
+    tiles = tiles or choose_tiles(tokens * choices, all_experts or _all_experts(experts, expert_map), w13_E2IH.element_size())
     if expert_map is None and tokens * choices <= _ROWS_ALONE:
         plan = align_rows_alone(topk_ids_TK, tiles.up.m)
     else:
@@ -85,7 +88,7 @@ def fused_moe(
     y = down_projection(
         h, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, w2_bias_EH, dtype=x_TH.dtype
     )
-    out_TH = torch.empty_like(x_TH)
+    out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
     sum_choices(y, topk_ids_TK, experts, expert_map, out_TH)
     assert out_TH.shape[1] == hidden
     return out_TH
@@ -102,6 +105,8 @@ def fused_moe_fp8(
     w2_scale_EH: torch.Tensor,
     expert_map: torch.Tensor | None = None,
     tiles: Tiles | None = None,
+    all_experts: int | None = None,
+    out_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`fused_moe` ("silu_mul") with both products in fp8: activations are quantised row by row, x and h alike.
 
@@ -109,13 +114,13 @@ def fused_moe_fp8(
     """
     tokens, choices = topk_ids_TK.shape
     experts = w2_EHI.shape[0]
-    tiles = tiles or choose_tiles_fp8(tokens * choices, _all_experts(experts, expert_map))
+    tiles = tiles or choose_tiles_fp8(tokens * choices, all_experts or _all_experts(experts, expert_map))
     plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
     xq, x_scale = quant_fp8_rows(x_TH)
     h = up_projection(xq, w13_E2IH, plan, choices, tiles.up, 0, w13_scale_E2I, None, 0.0, 0.0, x_scale, x_TH.dtype)
     hq, h_scale = quant_fp8_rows(h)
     y = down_projection(hq, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, None, h_scale, x_TH.dtype)
-    out_TH = torch.empty_like(x_TH)
+    out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
     sum_choices(y, topk_ids_TK, experts, expert_map, out_TH)
     return out_TH
 

@@ -33,23 +33,26 @@ def moe_layer(
     w2_bias_EH: torch.Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
+    all_experts: int | None = None,
+    out_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe.fused_moe`'s function and arguments, by whichever implementation is fastest at these shapes.
 
     A fall in precision comes with size: from 25 rows an expert, fp8 weights meet activations rounded to fp8 row by row.
-    The rows an expert gets are estimated as all choices over all of the map's experts.
+    The rows an expert gets are estimated as all choices over `all_experts`, else over all of the map's.
     """
     plain = activation == "silu_mul" and w13_bias_E2I is None and w2_bias_EH is None
-    all_experts = expert_map.numel() if expert_map is not None else w2_EHI.shape[0]
+    all_experts = all_experts or (expert_map.numel() if expert_map is not None else w2_EHI.shape[0])
     each = topk_ids_TK.numel() / all_experts
     operands = (x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK)
     scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH}
     if plain and each > (_GROUPED_ROWS_FP8 if w13_E2IH.dtype == FP8 else _GROUPED_ROWS):
-        return prefill_moe(*operands, expert_map=expert_map, **scales)
+        return prefill_moe(*operands, expert_map=expert_map, out_TH=out_TH, **scales)
     if each > _FP8_ROWS and plain and w13_E2IH.dtype == FP8:
         assert w13_scale_E2I is not None and w2_scale_EH is not None
-        return fused_moe_fp8(*operands, expert_map=expert_map, w13_scale_E2I=w13_scale_E2I, w2_scale_EH=w2_scale_EH)
+        return fused_moe_fp8(*operands, expert_map=expert_map, w13_scale_E2I=w13_scale_E2I, w2_scale_EH=w2_scale_EH,
+                             all_experts=all_experts, out_TH=out_TH)
     return fused_moe(
         *operands, activation=activation, expert_map=expert_map, w13_bias_E2I=w13_bias_E2I, w2_bias_EH=w2_bias_EH,
-        alpha=alpha, limit=limit, **scales,
+        alpha=alpha, limit=limit, all_experts=all_experts, out_TH=out_TH, **scales,
     )  # fmt: skip

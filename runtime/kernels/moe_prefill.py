@@ -36,6 +36,7 @@ def prefill_moe(
     w13_bias_E2I: torch.Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
+    out_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_TH as `moe.fused_moe`, without a bias of the down projection; meant for 128 rows an expert and more.
 
@@ -57,7 +58,7 @@ def prefill_moe(
     else:
         y_PH = F.grouped_mm(h_PI, w2_EHI.transpose(1, 2), offs=plan.ends)
     place_N = inverse(plan.sorted_rows, plan.num_padded, rows)
-    return weighted_sum(y_PH, place_N, topk_weights_TK, x_TH.dtype)
+    return weighted_sum(y_PH, place_N, topk_weights_TK, torch.empty_like(x_TH) if out_TH is None else out_TH)
 
 
 def _scaled_grouped_mm(
@@ -78,13 +79,10 @@ def inverse(sorted_rows: torch.Tensor, num_used: torch.Tensor, rows: int) -> tor
     return place
 
 
-def weighted_sum(
-    y_NH: torch.Tensor, place: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def weighted_sum(y_NH: torch.Tensor, place: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor) -> torch.Tensor:
     """out_t = sum over t's choices of weight * y[place], in fp32, choices with place -1 skipped."""
     tokens, choices = weights_TK.shape
     hidden = y_NH.shape[1]
-    out_TH = torch.empty(tokens, hidden, dtype=dtype, device=y_NH.device)
     block = min(2048, triton.next_power_of_2(hidden))
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](
         y_NH, place, weights_TK, out_TH, hidden, CHOICES=choices, BLOCK=block, num_warps=8 if block > 1024 else 4

@@ -108,14 +108,15 @@ def gather_sum(slots_TK: torch.Tensor, like_TH: torch.Tensor, peers: Peers, at: 
     return out_TH
 
 
-def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, lost_W: torch.Tensor, timeout: int, *,
-         timed: bool = True) -> None:
+def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, lost_W: torch.Tensor, alarm_W: torch.Tensor,
+         timeout: int, *, timed: bool = True) -> None:
     """Wait until every present rank is here; what ranks wrote before is then visible to those that they wrote to.
 
     `turn` [1] int32 counts meetings. Ranks still missing after `timeout` (nanoseconds; polls when not `timed`) are marked
-    in `lost_W` [W] int32; while anyone is marked, nobody is waited for. Absent ranks (`present_W` 0) are not waited for.
+    in `lost_W` [W] int32 and in `alarm_W`, which may be pinned memory of the host; while anyone is marked, nobody is waited
+    for. Absent ranks (`present_W` 0) are not waited for.
     """
-    _meet_kernel[(1,)](peers.bases_W, at.flags, turn, present_W, lost_W, peers.index, timeout, WORLD=peers.world,
+    _meet_kernel[(1,)](peers.bases_W, at.flags, turn, present_W, lost_W, alarm_W, peers.index, timeout, WORLD=peers.world,
                        LANES=max(2, triton.next_power_of_2(peers.world)), TIMED=timed, num_warps=1)
 
 
@@ -232,8 +233,9 @@ def _gather_sum_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["turn"])
 def _meet_kernel(
-    bases, flags_at, turn, present, lost, me, timeout, WORLD: tl.constexpr, LANES: tl.constexpr, TIMED: tl.constexpr
-):
+    bases, flags_at, turn, present, lost, alarm, me, timeout,
+    WORLD: tl.constexpr, LANES: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
     lane = tl.arange(0, LANES)
     awaited = tl.load(present + lane, mask=lane < WORLD, other=0) != 0
     broken = tl.max(tl.load(lost + lane, mask=lane < WORLD, other=0)) > 0
@@ -250,4 +252,6 @@ def _meet_kernel(
         missing = awaited & (tl.load(mine, mask=awaited, other=0, volatile=True) - now < 0)
         spent = globaltimer() - start if TIMED else spent + 1
     tl.atomic_add(mine, 0, mask=awaited, sem="acquire", scope="sys")
-    tl.store(lost + lane, 1, mask=missing)
+    blamed = missing & (limit > 0)  # who was not waited for is not to blame
+    tl.store(lost + lane, 1, mask=blamed)
+    tl.store(alarm + lane, 1, mask=blamed)

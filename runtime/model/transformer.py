@@ -193,7 +193,7 @@ class MoeFfn:
         device = self.router.weight_EH.device
         self.weights = ExpertWeights(params[f"{i}.experts.w13"], params[f"{i}.experts.w2"],
                                      params.get(f"{i}.experts.b13"), params.get(f"{i}.experts.b2"),
-                                     params.get(f"{i}.experts.w13.scale"), params.get(f"{i}.experts.w2.scale"))
+                                     params.get(f"{i}.experts.w13.scale"), params.get(f"{i}.experts.w2.scale"), at.slots)
         self.shared = None
         if model.moe.shared_intermediate:
             self.shared = DenseFfn(weight_of(params, f"{i}.shared.w13"), weight_of(params, f"{i}.shared.w2"), rig)
@@ -219,7 +219,8 @@ class MoeFfn:
         mark("dispatch")
         arrived = dispatched()
         mark("experts")
-        y_NH = rig.ops.experts(arrived.x_NH, arrived.slots_NK, arrived.weights_NK, self.weights, self.moe.swiglu_limit)
+        y_NH = rig.ops.experts(arrived.x_NH, arrived.slots_NK, arrived.weights_NK, self.weights, self.moe.swiglu_limit,
+                                arrived.out_NH)
         mark("combine")
         combined = rig.exchange.combine(y_NH, arrived)
         yield

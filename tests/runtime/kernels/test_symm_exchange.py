@@ -43,7 +43,7 @@ class World:
     def exchange(self, sent: list[Traffic], capacity: int, in_place: bool = True) -> list[torch.Tensor]:
         """One dispatch, experts and combine of all ranks."""
         arrivals = [r.send(t.x_TH, t.slots_TK, t.weights_TK, capacity) for r, t in zip(self.ranks, sent, strict=True)]
-        arrivals = [r.receive(a) for r, a in zip(self.ranks, arrivals, strict=True)]
+        arrivals = [r.widen(a) for r, a in zip(self.ranks, arrivals, strict=True)]
         made = []
         for r, a in zip(self.ranks, arrivals, strict=True):
             first = r.index // self.expert_tp * self.slots_per_rank
@@ -113,8 +113,10 @@ def meet(world: World, rank: int, polls: int) -> None:
     buffers = exchange.reserve(1, HIDDEN, CHOICES, torch.float32, world.device)
     state = exchange._state
     assert state is not None
-    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, state.lost_W, polls,
-                 timed=False)
+    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, state.lost_W,
+                 state.alarm_W, polls, timed=False)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def test_barrier_names_who_did_not_come(device: torch.device) -> None:
@@ -125,6 +127,7 @@ def test_barrier_names_who_did_not_come(device: torch.device) -> None:
     with pytest.raises(PeerLost, match="rank 1, 2 of 3"):
         world.ranks[0].check()
     meet(world, 1, 5)
+    meet(world, 1, 5)  # once somebody is lost nobody is waited for, nor blamed: rank 0 was here once, not twice
     with pytest.raises(PeerLost, match="rank 2 of 3"):
         world.ranks[1].check()
     meet(world, 2, 5)  # all three flags are up now
