@@ -48,7 +48,8 @@ class SliceComm:
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
         arrival = arrived.handle
-        return weighted_sum(y_NH, arrival.back_TK, arrival.ones_TK, y_NH.dtype)
+        out_TH = y_NH.new_empty(len(arrival.back_TK), y_NH.shape[1])
+        return weighted_sum(y_NH, arrival.back_TK, arrival.ones_TK, out_TH)
 
     @property
     def rows(self) -> list[int]:
