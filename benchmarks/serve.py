@@ -37,7 +37,7 @@ async def serve(name: str, pool: PoolPlan, options: EngineOptions, prompts: list
     try:
         params = SamplingParams(max_tokens=osl, ignore_eos=True)
         for _ in range(2):
-            await _all([frontend.submit(p, SamplingParams(max_tokens=8, ignore_eos=True)) for p in prompts[:warm]])
+            await _all([frontend.submit(p, SamplingParams(max_tokens=min(8, osl), ignore_eos=True)) for p in prompts[:warm]])
         frontend.forget()
         start = time.monotonic()
         times = await _all([frontend.submit(p, params) for p in prompts])
