@@ -30,6 +30,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.exchange_rank import Case, run_rank
+from runtime.comm.oracle import ROUTES
 from runtime.mps import MpsUnavailable, share_gpu
 
 _PATIENCE_S = 240
@@ -46,7 +47,8 @@ _PATIENCE_S = 240
               help="how rows travel out; results come back in bf16; may be repeated")
 @click.option("--back", multiple=True, type=click.Choice(["pull", "push"]), default=("pull",), show_default=True,
               help="sources read results, or experts write them; may be repeated")
-@click.option("--route", multiple=True, default=("uniform",), show_default=True, help="see runtime.comm.oracle; may be repeated")
+@click.option("--route", multiple=True, type=click.Choice(ROUTES), default=("uniform",), show_default=True,
+              help="where tokens go, see runtime.comm.oracle; may be repeated")
 @click.option("--share-gpu", "share", is_flag=True, help="all ranks on the GPUs there are, through MPS")
 @click.option("--commit", default=None, help="git commit to record (else $GIT_COMMIT)")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="also write all figures here")
