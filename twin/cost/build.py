@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +14,7 @@ from twin.cost.comm import Exchange, Reach, compile_exchange
 from twin.cost.engines import Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
-from twin.cost.measured import Ask, Measured, split_measured
+from twin.cost.measured import Ask, Measured, RowTable, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Phase, Protocol
@@ -131,12 +131,23 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
                   0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module")
         left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
+        measured = [scaled(own, site.engine) for own in measured]
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile,
                                  routed=site.exchanges_tokens and site.pool.ep > 1)
+    slower = np.log(site.engine.collectives_scale)
+    collectives = [replace(one, log_s=one.log_s + slower) for one in collectives]
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
                  site.engine.late_s * typical_max(site.pool.world), site.pool.dp)
+
+
+def scaled(own: Measured, engine: Engine) -> Measured:
+    """A measured operator as long as the engine takes for it."""
+    if isinstance(own, RowTable):
+        more = np.log(engine.products_scale)
+        return replace(own, log_s=own.log_s + more, log_total=own.log_total + more)
+    return replace(own, log_s=own.log_s + np.log(engine.attention_scale))
 
 
 def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:
@@ -145,11 +156,13 @@ def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: floa
                         rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
     if site.profile is None:
         return plain
+    more = np.log(site.engine.experts_scale)
     assert site.popularity_LE is not None
-    return measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name, model.moe_layers,
-                                plain, compute_share, even=len(site.popularity_LE) == 1,
-                                dtype=product_dtype(site.precision.experts, site.gpu),
-                                shared_kernels=site.gpu.fp4_flop_per_s is not None) or plain
+    found = measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name, model.moe_layers,
+                                 plain, compute_share, even=len(site.popularity_LE) == 1,
+                                 dtype=product_dtype(site.precision.experts, site.gpu),
+                                 shared_kernels=site.gpu.fp4_flop_per_s is not None) or plain
+    return replace(found, log_gemm_s=found.log_gemm_s + more, log_permute_s=found.log_permute_s + more)
 
 
 @dataclass(frozen=True)

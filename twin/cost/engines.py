@@ -31,7 +31,8 @@ class Engine:
     the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
     arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
     latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
-    prefill_slowdown, decode_slowdown: device time of a step with (without) prompts over the sum of its operators.
+    prefill_slowdown: device time of a step with prompts over the sum of its operators; *_scale: what dense products, attention,
+    experts and collectives take in the engine over what their profile says (other versions, inputs quantised elsewhere).
     """
 
     name: str
@@ -56,7 +57,10 @@ class Engine:
     source: Source = "assumed"
     note: str = ""
     prefill_slowdown: float = 1.0
-    decode_slowdown: float = 1.0
+    products_scale: float = 1.0
+    attention_scale: float = 1.0
+    experts_scale: float = 1.0
+    collectives_scale: float = 1.0
 
 
 def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:

@@ -115,8 +115,8 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     as the fullest is. Where it is not (`even`: nothing is known of it), the table that was measured under a mild power
     law says what real routers do: they leave experts idle in small batches. Of several kernels the fastest counts, as
     engines choose; with `shared_kernels` (Blackwell, where engines can run the same library's) also another engine's, if the
-    own table says much more. None where no table of this layout is close enough, or where it says several times what `roofline` does: such
-    rows were measured with the host in the way or with a kernel nobody tuned for the shape.
+    own table says much more. None where no table of this layout is close enough, or where it says several times what
+    `roofline` does: such rows were measured with the host in the way or with a kernel nobody tuned for the shape.
     """
     moe = model.moe
     assert moe is not None

@@ -16,7 +16,7 @@ from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
 from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
 from twin.cost.comm import Exchange
 from twin.cost.defaults import default_efficiency
-from twin.cost.engines import engine_of
+from twin.cost.engines import Engine, engine_of
 from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.interval import interval, plain
@@ -38,14 +38,15 @@ _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; t
 
 class CostModel:
     """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group; `profile` is what
-    was measured (Evidence shared by many models keeps its curves), None leaves everything to the roofline.
+    was measured (Evidence shared by many models keeps its curves), None leaves everything to the roofline; `engine` replaces
+    the plan's own.
 
     Raises SpecError for a group or protocol that does not exist; `memory()` raises Infeasible when the pool does not fit.
     """
 
     def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
                  profile: Evidence | Interpolator | None = None, seed: int = 0, network: Network | None = None,
-                 first_gpu: int = 0) -> None:
+                 first_gpu: int = 0, engine: Engine | None = None) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
         self.network = network or Network(cluster)
         try:
@@ -55,7 +56,7 @@ class CostModel:
                             expected=", ".join(g.name for g in cluster.groups)) from None
         offset = sum(g.gpus for g in cluster.groups[: cluster.groups.index(group)])
         gpus = gpus_of(pool, self.network, offset + first_gpu)
-        engine = engine_of(plan.engine, group.gpu)
+        engine = engine or engine_of(plan.engine, group.gpu)
         domains = len(np.unique(self.network.domain_of[gpus]))
         protocol = resolve_protocol(pool, engine, group.gpu, domains == 1)
         shares = placement = None
@@ -220,10 +221,10 @@ class CostModel:
         return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
 
     def _slowdown(self, x: Array) -> Array:
-        """Device time over the sum of operators, by whether a step holds prompts: [n, d, f] -> [n]."""
+        """Device time over the sum of operators, which differ where a step holds prompts: [n, d, f] -> [n]."""
         engine = self.site.engine
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        return np.where(prompts, engine.prefill_slowdown, engine.decode_slowdown)
+        return np.where(prompts, engine.prefill_slowdown, 1.0)
 
     def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""

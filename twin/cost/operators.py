@@ -131,7 +131,9 @@ def _indexer(s: Slice, layers: int) -> list[Op]:
         gemm("attention/indexer", s, h, a.index_head_dim + a.index_heads, layers),
         Op("attention/indexer", "indexer", "fp8", flops={"decode_pairs": per_pair, "prefill_pairs": per_pair},
            bytes={"decode_kv": float(a.index_head_dim), "prefill_kv": float(a.index_head_dim),
-                  "decode_pairs": 4.0, "prefill_pairs": 4.0}, launches=2, layers=layers),  # scores written and read in fp32
+                  "decode_pairs": 4.0, "prefill_pairs": 4.0},  # scores written and read in fp32
+           # norm, rotary, Hadamard transform and quantisation of query and key, head weights, scores, top-k, block numbers
+           launches=12, layers=layers),
     ]
 
 

@@ -36,8 +36,9 @@ def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving
     """How `engine` serves `concurrency` users with prompts of `isl` tokens on this GPU.
 
     vLLM: 8192 tokens a step on data-centre GPUs, chunked, decodes first. TensorRT-LLM: whole prompts beside decodes, a
-    budget sized to hold one prompt and all decodes; attention-DP ranks wait up to 60 steps to begin prompts together. SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384;
-    recipes on Blackwell poll for requests only every 10 decode steps, every 30 from 16 users on.
+    budget sized to hold one prompt and all decodes; attention-DP ranks wait up to 60 steps to begin prompts together.
+    SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384; recipes on Blackwell look for new requests only
+    every 10 decode steps, every 30 from 16 users on.
     """
     fast = generation(gpu) == "blackwell"
     if engine == "sglang":

@@ -16,6 +16,7 @@ from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import Infeasible
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
+from twin.spec.workload import Lengths
 from twin.validate.closed_loop import Loop, Worker, run_loop
 from twin.validate.rows import Question
 from twin.validate.step_times import StepTimes
@@ -88,7 +89,7 @@ class Answers:
             return costs[0].kv_transfer_bytes(tokens) / 40e9 + 5e-3 if decode else 0.0
 
         return run_loop(entry, decode, question.concurrency, lambda i: (isl[i], osl[i]), frontend_s=serving.frontend_s,
-                        handover_s=handover_s, waves=question.waves or 10, simulated=simulated)
+                        handover_s=handover_s, waves=question.waves, simulated=simulated)
 
 
 def _room(costs: CostModel, notes: list[str]) -> float:
@@ -101,16 +102,19 @@ def _room(costs: CostModel, notes: list[str]) -> float:
 
 
 def _means(question: Question) -> tuple[int, int]:
-    means = []
-    for lengths in (question.workload.isl, question.workload.osl):
-        assert lengths is not None
-        means.append(round(lengths.mean) if lengths.kind == "fixed" and lengths.mean else round((lengths.low + lengths.high) / 2))  # type: ignore[operator]
-    return means[0], means[1]
+    """Mean prompt and output tokens."""
+    return _mean(question.workload.isl), _mean(question.workload.osl)
 
 
-def _draw(lengths: object, stream: np.random.Generator, count: int) -> list[int]:
-    from twin.spec.workload import Lengths
-    assert isinstance(lengths, Lengths)
+def _mean(lengths: Lengths | None) -> int:
+    assert lengths is not None
+    if lengths.kind == "fixed":
+        return round(lengths.mean or 1)
+    return round(((lengths.low or 1) + (lengths.high or 1)) / 2)
+
+
+def _draw(lengths: Lengths | None, stream: np.random.Generator, count: int) -> list[int]:
+    assert lengths is not None
     if lengths.kind == "fixed":
         return [round(lengths.mean or 1)] * count
     assert lengths.low is not None and lengths.high is not None

@@ -207,8 +207,8 @@ def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int
              frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4) -> Loop:
     """Serve a closed loop with `entry` workers (and `decode` workers where prompts are computed apart).
 
-    `waves` requests a user are sent in the test; of more than `simulated`, the first and the last stand for themselves and
-    those between for the rest.
+    `waves` requests a user are sent in the test, all users at once at first; of more than `simulated`, the first and the last
+    wave stand for themselves and those between for the rest.
     """
     kept = min(waves, simulated)
     total = kept * concurrency

@@ -36,6 +36,7 @@ NUMBERS = ("isl", "osl", *(p + c for p in ("", "prefill_", "decode_") for c in _
 SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "h200", "h20_sxm": "h20-96g", "h800_sxm": "h800",
                            "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200-nvl72", "gb200_sxm": "gb200-nvl72",
                            "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
+_WAVES = 10  # requests of each user that InferenceX counts, and what we take where a test does not say
 _WARM_SHAPES = {(1024, 1024), (1024, 8192), (8192, 1024)}  # lengths of InferenceX, which draws them from 0.8 to 1.0 of these
 
 
@@ -78,7 +79,7 @@ class Question:
     concurrency: int
     measured_ttft_s: float
     measured_tpot_s: float
-    waves: int  # requests of a user, 0 where the test does not say
+    waves: int  # requests of a user
 
     @property
     def groups(self) -> dict[str, str]:
@@ -236,17 +237,17 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
     isl, osl = row.count("isl"), row.count("osl")
     drawn = (isl, osl) in _WARM_SHAPES and "auto-gap-analysis" not in row.texts["silicon_data_source"]
     workload = WorkloadSpec(name=row.name[:200], arrivals=Arrivals(kind="closed_loop", concurrency=concurrency),
-                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn), requests=10 * concurrency)
+                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, 0.05), requests=10 * concurrency)
     numbers = row.numbers
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
-                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, 10 if drawn else 0)
+                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES)
 
 
-def _lengths(nominal: int, drawn: bool) -> Lengths:
-    """InferenceX draws lengths uniformly from 0.8 to 1.0 of the nominal; other tests fix them."""
-    if drawn:
-        return Lengths(kind="uniform", low=max(1, int(0.8 * nominal)), high=nominal)
-    return Lengths(kind="fixed", mean=float(nominal))
+def _lengths(nominal: int, drawn: bool, stop_early: float = 0.0) -> Lengths:
+    """InferenceX draws lengths uniformly from 0.8 to 1.0 of the nominal. Other tests fix them; of those, outputs end up to
+    `stop_early` before (chosen on the fit half: users stay mostly in step with each other, but not quite)."""
+    least = 0.8 if drawn else 1.0 - stop_early
+    return Lengths(kind="uniform", low=max(1, int(least * nominal)), high=nominal)
 
 
 @lru_cache(maxsize=64)
