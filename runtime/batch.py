@@ -1,13 +1,14 @@
 """One step's batch as tensors: what a rank computes, whatever mixture of prompts and decodes it is.
 
-Legend: T tokens of the step, S sequences, B blocks of the longest table. Decodes come first, one token each, then
-prompt chunks; a sequence's tokens are consecutive.
+Legend: T tokens of the step, S sequences, B blocks of the longest table. Decodes come first, then prompt chunks; a
+sequence's tokens are consecutive. A decode with drafts is as many rows of one token as it has tokens: each sees what the
+rows before it stored, so that no kernel need know of drafts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence's part of a step: its tokens from position `start`, and the blocks of all its context."""
+    """One sequence's part of a step: its tokens from position `start`, and the blocks of all its context. A decode's
+    tokens are its newest and drafts after it; all their rows give logits."""
 
     token_ids: Sequence[int]
     start: int
@@ -52,9 +54,9 @@ class StepInput:
 
 def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.device | str = "cpu") -> StepInput:
     """Lay segments out as a step; decodes must come before prefills. An empty list is the batch of an idle rank."""
+    segments = rows_of(segments)
     decodes = sum(not s.is_prefill for s in segments)
     assert all(s.is_prefill for s in segments[decodes:]), "decodes come first"
-    assert all(len(s.token_ids) == 1 for s in segments[:decodes]), "a decode computes one token"
     lens = [len(s.token_ids) for s in segments]
     starts = [0, *accumulate(lens)]
     contexts = [s.start + n for s, n in zip(segments, lens, strict=True)]
@@ -78,3 +80,36 @@ def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.devi
     return StepInput(tensor(ids), tensor(positions), tensor(slots), tensor(tables),
                      tensor(np.array(contexts, dtype=np.int32)), tensor(np.array(starts, dtype=np.int32)), tensor(rows),
                      decodes, tuple(lens), tuple(contexts))
+
+
+def rows_of(segments: Sequence[Segment]) -> list[Segment]:
+    """Decodes with drafts as decodes of one token each; everything else as it is."""
+    return [row for s in segments for row in ([s] if s.is_prefill or len(s.token_ids) == 1 else
+                                              [Segment((t,), s.start + i, s.blocks) for i, t in enumerate(s.token_ids)])]
+
+
+def logit_rows(steps: Sequence[StepInput]) -> torch.Tensor | slice:
+    """The rows of several steps' tokens, one step after another, whose next tokens are wanted."""
+    if len(steps) == 1:
+        return steps[0].logit_rows
+    starts = accumulate((step.num_tokens for step in steps), initial=0)
+    return torch.cat([step.logit_rows + start for step, start in zip(steps, starts, strict=False)
+                      if isinstance(step.logit_rows, torch.Tensor)])
+
+
+def halve(segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
+    """The step's tokens in two parts of equal size (the first may have one more), in order; one segment may be cut."""
+    first: list[Segment] = []
+    second: list[Segment] = []
+    room = -(-sum(len(s.token_ids) for s in segments) // 2)
+    for s in segments:
+        here = min(room, len(s.token_ids))
+        room -= here
+        if here == len(s.token_ids):
+            first.append(s)
+        elif not here:
+            second.append(s)
+        else:
+            first.append(replace(s, token_ids=s.token_ids[:here], wants_logits=s.wants_logits and not s.is_prefill))
+            second.append(replace(s, token_ids=s.token_ids[here:], start=s.start + here))
+    return first, second

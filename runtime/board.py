@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 PHASES = ("start", "load", "idle", "schedule", "wait", "embed", "attention", "dense_ffn", "gate", "dispatch", "experts",
-          "combine", "shared_experts", "head", "sample", "book", "done")
+          "combine", "shared_experts", "head", "sample", "draft", "book", "done")
 _CODE = {name: code for code, name in enumerate(PHASES)}
 _ROW = struct.Struct("<II")  # phase, beats
 

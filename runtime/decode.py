@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.batch import Segment, StepInput
+from runtime.batch import Segment, StepInput, rows_of
 from runtime.kernels.step import feed_back, place_tokens
 from runtime.model.transformer import Transformer
 
@@ -28,14 +28,17 @@ def ladder(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Of a step's n sequences: logits fp32 [n, V] and greedy tokens int64 [n], overwritten by the next step."""
+    """Of a step's n rows: logits fp32 [n, V], greedy tokens int64 [n] and finished states [n, H], overwritten by the next
+    step."""
 
     logits: torch.Tensor
     tokens: torch.Tensor
+    states: torch.Tensor
 
 
 class DecodeRunner:
-    """Steps of up to `most` sequences of up to `max_context` tokens. `sizes` are captured by `capture`, large to small."""
+    """Steps of up to `most` rows, one for each token of a decode (drafts too), of sequences of up to `max_context`
+    tokens. `sizes` are captured by `capture`, large to small."""
 
     def __init__(self, transformer: Transformer, kv: list[torch.Tensor], block_tokens: int, *, most: int, max_context: int,
                  sizes: Sequence[int] | None = None) -> None:
@@ -70,10 +73,11 @@ class DecodeRunner:
 
     def fits(self, segments: Sequence[Segment]) -> bool:
         """Whether a step of these segments is one that this runner takes: decodes alone, not too many."""
-        return 0 < len(segments) <= self.most and not any(s.is_prefill for s in segments)
+        return 0 < sum(len(s.token_ids) for s in segments) <= self.most and not any(s.is_prefill for s in segments)
 
     def run(self, segments: Sequence[Segment]) -> Drawn:
         """Take a step of decodes."""
+        segments = rows_of(segments)
         n = len(segments)
         self._size = next(size for size in self.sizes if size >= n)
         self._load(segments)
@@ -86,7 +90,7 @@ class DecodeRunner:
             graph.replay()
         else:
             drawn = self._step(self._size)
-        return Drawn(drawn.logits[:n], drawn.tokens[:n])
+        return Drawn(drawn.logits[:n], drawn.tokens[:n], drawn.states[:n])
 
     def _load(self, segments: Sequence[Segment]) -> None:
         n, lens = len(segments), np.zeros(self._size, dtype=np.int32)
@@ -107,7 +111,8 @@ class DecodeRunner:
         step = StepInput(self.ids_B[:size], positions, slots, tables, lens, self._rows_B[:size + 1], slice(None), size,
                          (1,) * size, (self.max_context,) * size)
         with torch.inference_mode():
-            logits = self.transformer.forward(step, self.kv, size)
+            states = self.transformer.hidden([step], self.kv, size)
+            logits = self.transformer.head(states)
             tokens = logits.argmax(-1)
             feed_back(tokens, self.ids_B[:size], lens)
-        return Drawn(logits, tokens)
+        return Drawn(logits, tokens, states)

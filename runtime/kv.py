@@ -28,7 +28,7 @@ def kv_shape(model: ModelSpec, at: RankLayout, blocks: int, block_tokens: int) -
 
 def make_kv(model: ModelSpec, at: RankLayout, blocks: int, block_tokens: int, dtype: torch.dtype,
             device: torch.device | str = "cpu") -> list[torch.Tensor]:
-    """Zeroed caches, one a layer."""
+    """Zeroed caches, one a layer (the model `with_mtp` has one more)."""
     shape = kv_shape(model, at, blocks, block_tokens)
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.layers)]
 

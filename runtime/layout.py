@@ -101,10 +101,6 @@ def check(plan: Plan, model: ModelSpec) -> None:
     for index, pool in enumerate(plan.pools):
         at = f"pools.{index}"
         problems += _cuts(pool, model, at)
-        problems += [Problem(f"{name} cannot be run yet", field=f"{at}.{field}", expected=off)
-                     for asked, name, field, off in ((pool.tbo, "two-batch overlap", "tbo", "false"),
-                                                     (pool.mtp_draft_tokens, "speculative decoding", "mtp_draft_tokens", "0"))
-                     if asked]
     if problems:
         raise SpecError(problems)
 

@@ -11,18 +11,20 @@ through. A number heard late, after its work was done, wakes nobody.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from runtime.batch import Segment, make_step
+from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.board import Board
 from runtime.comm.group import PeerLost
 from runtime.control import Control, Message
 from runtime.rank import Rank
-from runtime.sampling import sample
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
+from runtime.speculate import MtpDrafter, verify
 from runtime.transfer import start_receive, start_send
 from twin.policy.batching import BatchScheduler
 from twin.policy.kv_blocks import BlockManager
@@ -36,14 +38,27 @@ class Clock:
     def __init__(self, board: Board | None, rank: int) -> None:
         self._board, self._rank = board, rank
         self._phase, self._since = "start", time.monotonic()
+        self._inside = False
         self._parts: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
+        if self._inside:
+            return
         now = time.monotonic()
         self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
         if self._board is not None:
             self._board.mark(self._rank, phase)
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """All time inside belongs to this phase, whatever marks are set there."""
+        self.mark(phase)
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
@@ -55,13 +70,15 @@ class Clock:
 @dataclass
 class Round:
     """What the ranks agreed on: to leave, whether anybody works, whether all have heard the same, this DP rank's plan size,
-    and the dispatch capacity."""
+    the most tokens of any DP rank, how many tokens a rank dispatches at most, and how often drafts are drafted from."""
 
     stop: bool
     works: bool
     all_heard: bool
     plan_size: int
+    tokens: int
     capacity: int
+    passes: int
 
 
 class StepLoop:
@@ -70,6 +87,7 @@ class StepLoop:
     def __init__(self, rank: Rank, control: Control, clock: Clock, *, record: bool) -> None:
         self.rank, self.control, self.clock, self._record = rank, control, clock, record
         self._desk = Desk(rank, control) if rank.at.is_leader else None
+        self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within)
         self._wake = self._slept_at = 0
         self._idle = True
         self._told_to_stop = self._stopped = False
@@ -109,10 +127,9 @@ class StepLoop:
         self._began = self._ended  # steps join without a gap: booking the last one is part of the next
         scheduled_at = time.monotonic()
         self.clock.mark("schedule")
-        plan, segments, sampled = self._desk.plan() if self._desk else (StepPlan(), [], [])
-        tokens = sum(len(s.token_ids) for s in segments)
+        plan, segments, owners = self._desk.plan() if self._desk else (StepPlan(), [], [])
         packed = pack(segments) if self.rank.groups.tp.size > 1 and self._desk else torch.zeros(0, dtype=torch.int64)
-        agreed = self._agree(not plan.is_empty, len(packed), tokens)
+        agreed = self._agree(not plan.is_empty, len(packed), segments)
         if agreed.stop:
             self._stopped = True
             return
@@ -124,27 +141,36 @@ class StepLoop:
             return
         self._rounds += 1
         segments = self._share(segments, packed, agreed.plan_size)
-        logits, greedy = self._forward(segments, agreed.capacity)
+        if self._drafter is not None:
+            segments = self._drafter.extend(segments, owners, agreed.passes, agreed.capacity)
+        logits, greedy, states = self._forward(segments, agreed)
+        taken = None
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
-            drawn = _draw(logits, greedy, sampled)
+            found = verify(segments, owners, logits, greedy)
+            taken = self._desk.take(segments, owners, found)
+        if self._drafter is not None and states is not None:
+            self._drafter.follow(segments, owners, states, agreed.capacity)
+        if self._desk is not None and taken is not None:
             record = self._step_record(plan, segments)
             self.clock.mark("book")
-            self._desk.book(plan, sampled, drawn, scheduled_at, record)
+            self._desk.book(plan, taken, scheduled_at, record)
         elif self._record:
             self.clock.take()
             self._ended = time.monotonic()
 
-    def _agree(self, has_work: bool, plan_size: int, tokens: int) -> Round:
+    def _agree(self, has_work: bool, plan_size: int, segments: list[Segment]) -> Round:
         at, group = self.rank.at, self.rank.groups.control
+        tokens = sum(len(s.token_ids) for s in segments)
+        passes = 0 if self._drafter is None else self._drafter.passes(segments)
         if group.size == 1:
-            return Round(self._told_to_stop, has_work, True, plan_size, max(1, tokens))
+            return Round(self._told_to_stop, has_work, True, plan_size, tokens, max(1, tokens), passes)
         self.clock.mark("wait")
-        row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop)]
+        row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop), passes]
         rows = group.all_gather(torch.tensor(row)).tolist()
         most = max(row[3] for row in rows)
         return Round(any(row[4] for row in rows), any(row[0] for row in rows), len({row[1] for row in rows}) == 1,
-                     rows[at.dp_rank * at.tp][2], max(1, -(-most // at.tp)))
+                     rows[at.dp_rank * at.tp][2], most, max(1, -(-most // at.tp)), max(row[5] for row in rows))
 
     def _share(self, segments: list[Segment], packed: torch.Tensor, size: int) -> list[Segment]:
         """The leader's segments, on all its TP ranks."""
@@ -155,15 +181,20 @@ class StepLoop:
         self.rank.groups.tp.broadcast(buffer)
         return segments if self._desk is not None else unpack(buffer.cpu())
 
-    def _forward(self, segments: list[Segment], capacity: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the rows that asked, and their greedy tokens where the step gives them as well."""
-        rank = self.rank
+    def _forward(self, segments: list[Segment], agreed: Round) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Logits of the rows that asked; their greedy tokens, where the step gives them as well; the finished states of all
+        tokens, where somebody needs them."""
+        rank, pool, model = self.rank, self.rank.pool, self.rank.transformer
         if rank.decode is not None and rank.decode.fits(segments):
             drawn = rank.decode.run(segments)
-            return drawn.logits, drawn.tokens
-        step = make_step(segments, rank.pool.block_tokens, rank.device)
+            return drawn.logits, drawn.tokens, drawn.states
+        overlaps = pool.tbo and agreed.tokens >= pool.tbo_min_tokens
+        steps = [make_step(part, pool.block_tokens, rank.device) for part in (halve(segments) if overlaps else [segments])]
         with torch.inference_mode():
-            return rank.transformer.forward(step, rank.kv, capacity), None
+            if not overlaps and rank.mtp is None:
+                return model.forward(steps[0], rank.kv, agreed.capacity), None, None
+            states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) + 1 if overlaps else agreed.capacity)
+            return model.head(states[logit_rows(steps)]), None, states
 
     def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:
         """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
@@ -178,14 +209,25 @@ class StepLoop:
                 "prefill_context": sum(len(s.token_ids) * (s.start + len(s.token_ids) / 2) for s in segments[decodes:])}
 
 
-def _draw(logits: torch.Tensor, greedy: torch.Tensor | None, sampled: list[LiveRequest]) -> list[int]:
-    """The next token of every request."""
-    if not sampled:
-        return []
-    if greedy is None or any(request.params.temperature for request in sampled):
-        greedy = sample(logits, [r.params for r in sampled], [r.draw() for r in sampled])
-    tokens: list[int] = greedy.tolist()
-    return tokens
+@dataclass
+class Taken:
+    """What a step gave: [request, token, why it ended] of every token; how many tokens each decode gave; drafts by place,
+    how many there were and how many stood."""
+
+    out: list[list[Any]] = field(default_factory=list)
+    stopped: set[int] = field(default_factory=set)
+    hold: set[int] = field(default_factory=set)
+    gained: dict[int, int] = field(default_factory=dict)
+    drafted: list[int] = field(default_factory=list)
+    stood: list[int] = field(default_factory=list)
+
+    def count(self, drafts: int, stood: int) -> None:
+        """Book one request's drafts."""
+        more = [0] * (drafts - len(self.drafted))
+        self.drafted, self.stood = self.drafted + more, self.stood + more
+        for place in range(drafts):
+            self.drafted[place] += 1
+            self.stood[place] += place < stood
 
 
 class Desk:
@@ -197,6 +239,7 @@ class Desk:
         self.blocks = BlockManager(rank.kv_blocks, pool.block_tokens, pool.prefix_cache)
         self.scheduler = BatchScheduler(limits_of(rank), self.blocks)
         self._max_seqs = pool.max_num_seqs
+        self._draft_tokens, self._by_module = pool.mtp_draft_tokens, rank.mtp is not None
         self._requests: dict[int, LiveRequest] = {}
         self._landing: dict[int, LiveRequest] = {}  # blocks reserved, KV on its way
         self._asking: dict[int, LiveRequest] = {}  # wait for blocks to land in
@@ -211,37 +254,53 @@ class Desk:
     def plan(self) -> tuple[StepPlan, list[Segment], list[LiveRequest]]:
         """Schedule the next step, after letting KV in that found no blocks before."""
         self._let_in()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self._draft_tokens)
         self._preemptions += len(plan.preempted)
-        segments, sampled = segments_of(plan, self._requests, self.blocks.table)
-        return plan, segments, sampled
+        segments, owners = segments_of(plan, self._requests, self.blocks.table, self._drafts)
+        return plan, segments, owners
 
-    def book(self, plan: StepPlan, sampled: list[LiveRequest], tokens: list[int], began_at: float,
-             record: Message | None) -> None:
-        """Give every request its token, tell the scheduler who ended and the front end what happened."""
+    def _drafts(self, request: LiveRequest, count: int) -> list[int]:
+        if not self._by_module:
+            return request.lookup.propose(request.tokens, count)
+        return [request.draft] + [0] * (count - 1) if request.draft >= 0 else []  # the further ones are yet to be drafted
+
+    def take(self, segments: list[Segment], owners: list[LiveRequest], found: list[list[int]]) -> Taken:
+        """Give every request its new tokens, up to one that ends it."""
+        taken = Taken()
+        for segment, request, tokens in zip(segments, owners, found, strict=True):
+            reason, given = None, 0
+            while given < len(tokens) and reason is None:
+                reason = request.append(tokens[given])
+                taken.out.append([request.request_id, tokens[given], reason])
+                given += 1
+            if not segment.is_prefill:
+                taken.gained[request.request_id] = given
+                taken.count(len(segment.token_ids) - 1, len(tokens) - 1)
+            if reason == "stop":
+                taken.stopped.add(request.request_id)
+            if given and reason is None and request.hands_over:
+                taken.hold.add(request.request_id)
+        return taken
+
+    def book(self, plan: StepPlan, taken: Taken, began_at: float, record: Message | None) -> None:
+        """Tell the scheduler who ended and the front end what happened."""
         began = [c.request_id for c in plan.prefill if not self._requests[c.request_id].began]
         for request_id in began:
             self._requests[request_id].began = True
-        out: list[list[object]] = []
-        stopped, hold = set(), set()
-        for request, token in zip(sampled, tokens, strict=True):
-            reason = request.append(token)
-            if reason == "stop":
-                stopped.add(request.request_id)
-            if reason is None and request.hands_over:
-                hold.add(request.request_id)
-            out.append([request.request_id, token, reason])
-        left = self.scheduler.complete(plan, finished=stopped, hold=hold)
-        handover = [[i, self.blocks.table(i)] for i in left if i in hold]
+        gained = taken.gained if taken.drafted else None
+        left = self.scheduler.complete(plan, finished=taken.stopped, accepted=gained, hold=taken.hold)
+        handover = [[i, self.blocks.table(i)] for i in left if i in taken.hold]
         for request_id in left:
             del self._requests[request_id]
-        news: Message = {"ev": "step", "out": out, "load": self._load(), "began": began, "began_at": began_at}
+        news: Message = {"ev": "step", "out": taken.out, "load": self._load(), "began": began, "began_at": began_at}
         if handover:
             news["handover"] = handover
+        if taken.drafted:
+            news["drafts"] = [taken.drafted, taken.stood]
         if plan.preempted:
             news["preempted"] = list(plan.preempted)
         if record is not None:
-            news["record"] = {**record, "kv": news["load"][2], "made": len(out)}
+            news["record"] = {**record, "kv": news["load"][2], "made": len(taken.out)}
         self.control.send(news)
 
     def tell_load(self) -> None:

@@ -16,11 +16,13 @@ from runtime.comm.experts import ExpertComm, make_expert_comm
 from runtime.comm.group import Group, make_group, solo
 from runtime.kv import kv_shape, make_kv
 from runtime.layout import RankLayout, layouts
-from runtime.model.params import rank_params
+from runtime.model.mtp import Mtp
+from runtime.model.params import rank_params, with_mtp
 from runtime.model.transformer import Mark, Rig, Transformer
 from runtime.ops import ops_for
 from runtime.options import EngineOptions
 from runtime.quantise import quantise
+from runtime.speculate import uses_mtp
 from runtime.weights import load_weights
 from twin.policy import placement as policy
 from twin.spec.errors import SpecError
@@ -47,7 +49,7 @@ class Groups:
 @dataclass(frozen=True)
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
-    steps of decodes alone, where it is there."""
+    steps of decodes alone, where it is there; `mtp` drafts, with the last of `kv` as its cache."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -62,6 +64,7 @@ class Rank:
     dense_bytes: int
     expert_bytes: int
     decode: DecodeRunner | None = None
+    mtp: Mtp | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -79,28 +82,32 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     device = torch.device("cuda", rank % torch.cuda.device_count()) if options.device == "cuda" else torch.device("cpu")
     groups = _groups(everyone, at, options)
     experts = make_expert_comm(pool.comm, groups.instance, at)
-    placement = place(model, pool)
+    placement, mtp = place(model, pool), uses_mtp(plan, model)
+    cached = with_mtp(model) if mtp else model
     dtype = DTYPES[options.dtype]
     mark("load")
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
-    params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, placement=placement)
+    params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, mtp=mtp,
+                          placement=placement)
     params = quantise(params) if options.weights == "fp8" else params
     rig = Rig(ops_for(options.backend), groups.tp, experts, mark)
     transformer = Transformer(model, at, params, rig, placement)
-    blocks = _kv_blocks(model, pool, at, options, device, groups.control, len(everyone))
+    blocks = _kv_blocks(cached, pool, at, options, device, groups.control, len(everyone))
     cap = options.max_context or model.max_context
     held = {kind: sum(p.numel() * p.element_size() for name, p in params.items() if (".experts." in name) == kind)
             for kind in (False, True)}
-    kv = make_kv(model, at, blocks, pool.block_tokens, dtype, device)
+    kv = make_kv(cached, at, blocks, pool.block_tokens, dtype, device)
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
     decode = None
     if device.type == "cuda" and options.backend == "triton" and options.graphs and at.world == 1:
         from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
 
         mark("capture")
-        decode = DecodeRunner(transformer, kv, pool.block_tokens, most=pool.max_num_seqs, max_context=max_context)
+        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context,
+                              most=pool.max_num_seqs * (1 + pool.mtp_draft_tokens))
         decode.capture()
-    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True], decode)
+    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True], decode,
+                Mtp(transformer, params, placement) if mtp else None)
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:

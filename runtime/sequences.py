@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from runtime.batch import Segment
+from runtime.ngram import Ngram
 from runtime.sampling import uniform
 from runtime.types import FinishReason, SamplingParams
 from twin.policy.steps import StepPlan
@@ -17,7 +18,8 @@ from twin.policy.steps import StepPlan
 
 @dataclass
 class LiveRequest:
-    """`tokens` are prompt and output so far. `hands_over`: its KV goes to a decode instance after the first token."""
+    """`tokens` are prompt and output so far. `hands_over`: its KV goes to a decode instance after the first token. `draft`
+    is the MTP module's guess of the next token, -1 if there is none, and `draft_row` its state's row (`MtpDrafter`)."""
 
     request_id: int
     tokens: list[int]
@@ -27,6 +29,10 @@ class LiveRequest:
     hands_over: bool
     stops: frozenset[int] = field(default_factory=frozenset)
     began: bool = False
+    ended: bool = False
+    draft: int = -1
+    draft_row: int = 0
+    lookup: Ngram = field(default_factory=Ngram)
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> LiveRequest:
@@ -39,32 +45,39 @@ class LiveRequest:
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
 
-    def draw(self) -> float:
-        """The uniform number that decides the next token."""
-        return uniform(self.seed, self.generated) if self.params.temperature else 0.0
+    def draw(self, ahead: int = 0) -> float:
+        """The uniform number that decides the next token, or one further ahead."""
+        return uniform(self.seed, self.generated + ahead) if self.params.temperature else 0.0
 
     def append(self, token: int) -> FinishReason | None:
         """Take a token; why the request ends with it, if it does."""
         self.tokens.append(token)
-        if token in self.stops:
-            return "stop"
-        return "length" if self.generated >= self.params.max_tokens else None
+        self.draft = -1
+        reason: FinishReason | None = "length" if self.generated >= self.params.max_tokens else None
+        reason = "stop" if token in self.stops else reason
+        self.ended = reason is not None
+        return reason
 
 
-def segments_of(plan: StepPlan, requests: dict[int, LiveRequest], table: Any) -> tuple[list[Segment], list[LiveRequest]]:
-    """(the step's segments, decodes first; the requests whose next token it gives, in order of the logit rows)."""
-    segments, sampled = [], []
-    for request_id in plan.decode:
+Drafts = Callable[[LiveRequest, int], list[int]]
+"""Up to so many drafts of a request's next tokens."""
+
+
+def segments_of(plan: StepPlan, requests: dict[int, LiveRequest], table: Any,
+                drafts: Drafts = lambda request, count: []) -> tuple[list[Segment], list[LiveRequest]]:
+    """(the step's segments, decodes first; the request of each)."""
+    segments, owners = [], []
+    for request_id, width in zip(plan.decode, plan.decode_tokens, strict=True):
         request = requests[request_id]
-        segments.append(Segment(request.tokens[-1:], len(request.tokens) - 1, table(request_id)))
-        sampled.append(request)
+        ids = request.tokens[-1:] + (drafts(request, width - 1) if width > 1 else [])
+        segments.append(Segment(ids, len(request.tokens) - 1, table(request_id)))
+        owners.append(request)
     for chunk in plan.prefill:
         request = requests[chunk.request_id]
         ids = request.tokens[chunk.start:chunk.start + chunk.tokens]
         segments.append(Segment(ids, chunk.start, table(chunk.request_id), True, chunk.is_last))
-        if chunk.is_last:
-            sampled.append(request)
-    return segments, sampled
+        owners.append(request)
+    return segments, owners
 
 
 def pack(segments: Sequence[Segment]) -> torch.Tensor:

@@ -53,13 +53,14 @@ def load_params(params: Iterable[Param], reader: Reader, dtype: torch.dtype,
 
 
 def load_weights(model: ModelSpec, at: RankLayout, *, checkpoint: Path | None, seed: int, dtype: torch.dtype,
-                 device: torch.device | str = "cpu", placement: Placement | None = None) -> dict[str, torch.Tensor]:
-    """A rank's weights from a checkpoint folder, or random ones when `checkpoint` is None."""
-    params = rank_params(model, at, placement)
+                 device: torch.device | str = "cpu", placement: Placement | None = None,
+                 mtp: bool = False) -> dict[str, torch.Tensor]:
+    """A rank's weights from a checkpoint folder, or random ones when `checkpoint` is None; `mtp`: the module's as well."""
+    params = rank_params(model, at, placement, mtp=mtp)
     if checkpoint is None:
         return load_params(params, RandomReader(seed, device), dtype, device)
     with SafetensorsReader(checkpoint) as reader:
-        reader.check(checkpoint_tensors(model), model.layers, tied=model.tie_embeddings)
+        reader.check(checkpoint_tensors(model, mtp=mtp), model.layers, tied=model.tie_embeddings)
         return load_params(params, reader, dtype, device)
 
 

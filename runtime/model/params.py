@@ -49,8 +49,23 @@ def linear_placement(model: ModelSpec, slots: int) -> list[list[int]]:
     return [[slot % experts for slot in range(slots)] for _ in range(model.moe_layers)]
 
 
-def rank_params(model: ModelSpec, at: RankLayout, placement: Placement | None = None) -> list[Param]:
-    """All parameters of a rank, in the order of the layers."""
+def with_mtp(model: ModelSpec) -> ModelSpec:
+    """The model with one layer more, like its last: as checkpoints number the layer of the first MTP module."""
+    return model.model_copy(update={"layers": model.layers + 1, "layer_attention": (*model.layer_attention, "full"),
+                                    "layer_ffn": (*model.layer_ffn, model.layer_ffn[-1])})
+
+
+def mtp_placement(model: ModelSpec, slots: int, placement: Placement | None) -> Placement:
+    """Placement of a model `with_mtp`: as given for the layers before, linear in the module's own."""
+    linear = linear_placement(model, slots)
+    return linear if placement is None else [*placement, *linear[len(placement):]]
+
+
+def rank_params(model: ModelSpec, at: RankLayout, placement: Placement | None = None, *, mtp: bool = False) -> list[Param]:
+    """All parameters of a rank, in the order of the layers; with `mtp`, those of the first MTP module as well."""
+    if mtp:
+        longer = with_mtp(model)
+        return [*rank_params(longer, at, mtp_placement(longer, at.slots, placement)), *_mtp(model)]
     placement = placement or linear_placement(model, at.slots)
     h, vocab = model.hidden, vocab_slice(model.vocab, at)
     params = [_cut("embed", "model.embed_tokens.weight", (model.vocab, h), 0, vocab),
@@ -71,11 +86,11 @@ def rank_params(model: ModelSpec, at: RankLayout, placement: Placement | None = 
     return params
 
 
-def checkpoint_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model holds."""
+def checkpoint_tensors(model: ModelSpec, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that is read from a checkpoint of this model."""
     slots = model.moe.experts if model.moe else 0
     whole = RankLayout(0, 0, "mixed", 0, 0, 1, 1, 1, 0, 0, slots)
-    return {piece.source: piece.shape for param in rank_params(model, whole) for piece in param.pieces}
+    return {piece.source: piece.shape for param in rank_params(model, whole, mtp=mtp) for piece in param.pieces}
 
 
 def vocab_slice(vocab: int, at: RankLayout) -> Range:
@@ -92,6 +107,16 @@ def kv_head_slice(model: ModelSpec, tp: int, tp_rank: int) -> Range:
         start = tp_rank * heads // tp
         return start, start + 1
     return tp_rank * heads // tp, (tp_rank + 1) * heads // tp
+
+
+def _mtp(model: ModelSpec) -> Iterator[Param]:
+    """What the module has beside its decoder layer."""
+    i, h = model.layers, model.hidden
+    src = f"model.layers.{i}."
+    yield _whole(f"{i}.enorm", src + "enorm.weight", (h,))
+    yield _whole(f"{i}.hnorm", src + "hnorm.weight", (h,))
+    yield _whole(f"{i}.eh_proj", src + "eh_proj.weight", (h, 2 * h))
+    yield _whole(f"{i}.head_norm", src + "shared_head.norm.weight", (h,))
 
 
 def _even(size: int, parts: int, part: int) -> Range:
