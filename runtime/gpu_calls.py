@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,7 @@ def _route(tokens: int, experts: int, choices: int, distribution: str, seed: int
     return (odds - noise.log().neg().log()).topk(choices, -1)[1].int()
 
 
+@lru_cache(maxsize=1)
 def _weights(dtype: str, experts: int, hidden: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None,
                                                                         torch.Tensor | None]:
     """Experts of one rank, with the scales of fp8 ones."""

@@ -102,9 +102,14 @@ class Mla:
         return linear(self.ops.rms_norm(linear(x_TH, self.q_down, self.q_down_bias), self.q_norm, self.eps), self.q_up)
 
     def _decode(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, step: StepInput) -> torch.Tensor:
-        q_SQD = torch.cat([torch.einsum("sqn,qnl->sql", q_nope, self.key_up), q_rope], -1)
-        y_SQL = self.ops.mla_decode(q_SQD, cache, step, scale=self.scale, latent=self.key_up.shape[2])
-        return torch.einsum("sql,qvl->sqv", y_SQL, self.value_up)
+        heads, width, latent = self.value_up.shape
+        q_SQD = q_rope.new_empty(len(q_rope), heads, latent + q_rope.shape[-1])
+        torch.bmm(q_nope.transpose(0, 1), self.key_up, out=q_SQD[..., :latent].transpose(0, 1))
+        q_SQD[..., latent:] = q_rope
+        y_SQL = self.ops.mla_decode(q_SQD, cache, step, scale=self.scale, latent=latent)
+        y_SQV = y_SQL.new_empty(len(y_SQL), heads, width)
+        torch.bmm(y_SQL.transpose(0, 1), self.value_up.transpose(1, 2), out=y_SQV.transpose(0, 1))
+        return y_SQV
 
     def _prefill(self, q_nope: torch.Tensor, q_rope: torch.Tensor, context_CD: torch.Tensor) -> torch.Tensor:
         latent, k_rope = context_CD.to(q_nope.dtype).tensor_split((self.key_up.shape[2],), -1)
