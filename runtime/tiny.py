@@ -26,8 +26,8 @@ ARCHITECTURES = ("deepseek_v3", "deepseek_v2", "kimi_k2", "qwen3_moe", "mixtral"
 
 
 def tiny_config(arch: str, *, hidden: int = 128, layers: int = 4, experts: int = 16, top_k: int = 4, vocab: int = 512,
-                context: int = 2048, dtype: str = "float32") -> dict[str, Any]:
-    """A small config.json of an architecture: 8 heads, experts of a quarter of `hidden`.
+                context: int = 2048, dtype: str = "float32", mtp: int = 0) -> dict[str, Any]:
+    """A small config.json of an architecture: 8 heads, experts of a quarter of `hidden`, `mtp` MTP modules.
 
     Raises SpecError for an architecture that cannot be built or a hidden size that does not divide.
     """
@@ -38,6 +38,8 @@ def tiny_config(arch: str, *, hidden: int = 128, layers: int = 4, experts: int =
     common = {"model_type": arch, "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocab,
               "max_position_embeddings": context, "tie_word_embeddings": False, "torch_dtype": dtype, "rms_norm_eps": 1e-6,
               "rope_theta": 10000.0, "num_attention_heads": 8, "intermediate_size": 2 * hidden}
+    if mtp:
+        common["num_nextn_predict_layers"] = mtp
     head, width = hidden // 8, hidden // 4
     gqa = {"num_key_value_heads": 2, "head_dim": head}
     if arch in ("deepseek_v3", "deepseek_v2", "kimi_k2"):
@@ -61,11 +63,26 @@ def tiny_config(arch: str, *, hidden: int = 128, layers: int = 4, experts: int =
     return {**common, **gqa}
 
 
-def write_checkpoint(out: Path, config: dict[str, Any], *, seed: int = 0) -> ModelSpec:
-    """Write `config.json` and `model.safetensors` into `out`, each whole; the model they describe."""
+def write_checkpoint(out: Path, config: dict[str, Any], *, seed: int = 0, echo: float | None = None) -> ModelSpec:
+    """Write `config.json` and `model.safetensors` into `out`, each whole; the model they describe.
+
+    Random layers are noise that nobody could draft. With `echo` they add only that share of what they would, and the MTP
+    module passes the embedding on: the next token then depends mostly on the last, and drafts are right the more often
+    the smaller `echo` is.
+    """
     model = model_from_hf_config(config, out.name or "tiny")
     reader, dtype = RandomReader(seed), _DTYPES[config["torch_dtype"]]
-    tensors = {name: reader.tensor(name, shape).to(dtype) for name, shape in sorted(checkpoint_tensors(model).items())}
+    shapes = checkpoint_tensors(model, mtp=model.mtp_layers > 0)
+    tensors = {name: reader.tensor(name, shape) for name, shape in sorted(shapes.items())}
+    for name, tensor in tensors.items() if echo is not None else ():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.mul_(echo)
+        elif name == "model.embed_tokens.weight":
+            tensor.mul_(model.hidden**0.5)  # of size one, as layers and norms expect
+        elif name.endswith("eh_proj.weight"):
+            tensor[:, :model.hidden] = torch.eye(model.hidden)
+            tensor[:, model.hidden:] *= echo
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         save_file(tensors, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
@@ -80,14 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--arch", choices=ARCHITECTURES, default="deepseek_v3")
     for name, default in (("hidden", 128), ("layers", 4), ("experts", 16), ("top-k", 4), ("vocab", 512), ("context", 2048),
-                          ("seed", 0)):
+                          ("seed", 0), ("mtp", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--echo", type=float, help="share of what layers add; small: drafts are often right")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     given = parser.parse_args(arguments)
     try:
         config = tiny_config(given.arch, hidden=given.hidden, layers=given.layers, experts=given.experts, top_k=given.top_k,
-                             vocab=given.vocab, context=given.context, dtype=given.dtype)
-        model = write_checkpoint(given.out, config, seed=given.seed)
+                             vocab=given.vocab, context=given.context, dtype=given.dtype, mtp=given.mtp)
+        model = write_checkpoint(given.out, config, seed=given.seed, echo=given.echo)
     except SpecError as err:
         parser.error(str(err))
     print(f"{given.out}: {given.arch}, {model.total_params:,} parameters, {model.active_params:,} active")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.batch import Segment, make_step
+from runtime import loop
+from runtime.batch import Segment, halve, make_step
+from runtime.loop import Clock, StepLoop
 from runtime.options import EngineOptions
 from runtime.rank import build_rank
 from runtime.sampling import sample, uniform
@@ -129,6 +132,60 @@ class _Schedule:
 
     def output(self) -> dict[int, list[int]]:
         return {i: t[self._prompt[i]:] for i, t in self.tokens.items()}
+
+
+@dataclass
+class Served:
+    """What one rank saw of requests served by its loop: outputs by request, drafts by place [made, stood], ids that lost
+    their blocks, steps taken in two halves, step records."""
+
+    outputs: dict[int, list[int]]
+    drafts: list[list[int]]
+    preempted: list[int]
+    halved: int
+    records: list[dict[str, Any]]
+
+
+class _Script:
+    """Stands in for the control channel: everything is said at once, and `stop` when the rank falls asleep."""
+
+    formation = 0
+
+    def __init__(self, messages: list[dict[str, Any]]) -> None:
+        self._messages, self.sent = messages, list[dict[str, Any]]()
+
+    def drain(self, *, wait: bool) -> list[dict[str, Any]]:
+        said, self._messages = self._messages or ([{"op": "stop"}] if wait else []), []
+        return said
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+
+def serve(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str | None,
+          requests: list[tuple[list[int], SamplingParams]]) -> Served:
+    """Serve requests, dealt to the DP ranks, by the loop that engines run; seeds are the requests' numbers."""
+    clock = Clock(None, rank_no)
+    rank = build_rank(model, plan, EngineOptions(checkpoint=checkpoint), rank_no, clock.mark)
+    messages: list[dict[str, Any]] = [{"op": "wake", "wake": 1}]
+    for i, (prompt, params) in enumerate(requests):
+        if rank.at.is_leader and i % rank.at.dp == rank.at.dp_rank:
+            messages.append({"op": "add", "id": i, "tokens": list(prompt), "prompt_len": len(prompt), "seed": i,
+                             "params": asdict(params)})
+    script, halved = _Script(messages), []
+    loop.halve = lambda segments: halved.append(1) or halve(segments)  # type: ignore[func-returns-value]
+    StepLoop(rank, script, clock, record=True).run()  # type: ignore[arg-type]
+    served = Served({}, [[], []], [], len(halved), [])
+    for message in script.sent:
+        for request, token, _ in message.get("out", ()):
+            served.outputs.setdefault(request, []).append(token)
+        for total, step in zip(served.drafts, message.get("drafts", ()), strict=False):
+            total.extend([0] * (len(step) - len(total)))
+            for place, count in enumerate(step):
+                total[place] += count
+        served.preempted += message.get("preempted", ())
+        served.records += [message["record"]] if "record" in message else []
+    return served
 
 
 def draw_alone(model: ModelSpec, plan: Plan, checkpoint: str, prompt: list[int], params: SamplingParams) -> list[int]:
