@@ -147,12 +147,12 @@ def test_calibration_files_are_what_the_twin_reads(tmp_path: Path) -> None:
 
 
 def test_the_fitted_line_finds_a_known_law() -> None:
-    law = [0.003, 0.001, 2e-4, 1e-6, 3e-5, 1e-7, 0.0]
+    law = [0.003, 0.001, 2e-4, 1e-6, 3e-5, 1e-7, 0.0, 0.0, 0.0]
     samples = []
     for n, (seqs, tokens) in enumerate((s, t) for s in (0, 1, 4, 9) for t in (0, 16, 100, 240) if s + t):
         row = {"decode_seqs": [seqs], "decode_context": [seqs * 37.0 * (n % 3 + 1)], "prefill_tokens": [tokens],
                "prefill_context": [tokens**2 / 2.0], "prefill_seqs": [int(tokens > 0)]}
-        terms = [1.0, float(tokens > 0), *(row[f][0] for f in TERMS[2:])]
+        terms = [1.0, float(tokens > 0), *(row[f.removeprefix("mean_")][0] for f in TERMS[2:])]
         samples.append({**row, "seconds": sum(c * t for c, t in zip(law, terms, strict=True)), "count": 1})
     _, errors = fit(samples)
     assert errors.max() < 1e-6
