@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ ORPHANED = 3
 
 
 class Control:
-    """A rank's end of the channel."""
+    """A rank's end of the channel. Messages carry the process's seat and the formation that it belongs to."""
 
-    def __init__(self, path: Path, rank: int, board: Board) -> None:
-        self.rank, self._board = rank, board
+    def __init__(self, path: Path, seat: int, board: Board) -> None:
+        self.seat, self._board = seat, board
+        self.formation = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(str(path))
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -38,7 +40,7 @@ class Control:
 
     def send(self, message: Message) -> None:
         """Send one message; safe from any thread."""
-        line = json.dumps({"rank": self.rank, **message}, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps({"seat": self.seat, "formation": self.formation, **message}, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             self._socket.sendall(line)
 
@@ -53,6 +55,19 @@ class Control:
             messages.append(self._inbox.get())
         return messages
 
+    def order(self, patience_s: float) -> Message | None:
+        """The next order to re-form later than this formation, or to meet in this one; whatever else comes is of no use
+        any more. None when none comes in time."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                message = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return None
+            newer = message.get("formation", -1) - self.formation
+            if (message["op"] == "reform" and newer > 0) or (message["op"] == "meet" and newer == 0):
+                return message
+
     def _read(self) -> None:
         with self._socket.makefile("rb") as lines:
             for line in lines:
@@ -63,4 +78,4 @@ class Control:
     def _beat(self) -> None:
         stop = threading.Event()
         while not stop.wait(BEAT_S):
-            self._board.beat(self.rank)
+            self._board.beat(self.seat)

@@ -52,7 +52,7 @@ class Stream:
 @dataclass
 class Flight:
     """`state`: entry (waits, prefills or, in a mixed pool, decodes at `entry`), asking (the decoder for blocks), moving
-    (KV under way), decode. Times on the machine's monotonic clock."""
+    (KV under way), decode. Times on the machine's monotonic clock. `strikes` counts steps that failed with it in them."""
 
     request_id: int
     prompt: list[int]
@@ -72,16 +72,29 @@ class Flight:
     preemptions: int = 0
     cancelled: bool = False
     finish_reason: FinishReason | None = None
+    strikes: int = 0
 
     @property
     def at(self) -> Target:
         """Who works on it."""
         return self.decoder if self.state == "decode" and self.decoder is not None else self.entry
 
+    @property
+    def known_tokens(self) -> int:
+        """Tokens whose KV there is after the newest was drawn."""
+        return len(self.prompt) + len(self.output) - 1
+
     def message(self, op: str, **more: Any) -> dict[str, Any]:
         """A message about this request that carries all a leader needs to know."""
         return {"op": op, "id": self.request_id, "tokens": self.prompt + self.output, "prompt_len": len(self.prompt),
                 "params": asdict(self.params), "seed": self.seed, **more}
+
+    def start_over(self, entry: Target) -> None:
+        """Begin again at `entry`, from the tokens that there are; what was computed of them is lost."""
+        self.state, self.entry, self.decoder = "entry", entry, None
+        self.source_blocks, self.transfer = [], None
+        self.pending.clear()
+        move_load(self, None, entry)
 
     def give(self, token: int, reason: FinishReason | None) -> None:
         """Pass a token on to the client."""
@@ -121,7 +134,7 @@ class Handovers:
         flight.pending = set(plans)
         for (side, rank), routes in plans.items():
             self._send(rank, {"op": "send_kv" if side == "sent" else "receive_kv", "id": flight.request_id, "tag": self._tag,
-                              "tokens": len(flight.prompt), "routes": routes,
+                              "tokens": flight.known_tokens, "routes": routes,
                               "blocks": flight.source_blocks if side == "sent" else blocks})
 
     def progressed(self, flight: Flight, message: dict[str, Any]) -> bool:

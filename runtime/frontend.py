@@ -17,25 +17,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.flight import Flight, Handovers, Stream, move_load
+from runtime.formation import Formation, first_formation
 from runtime.launch import RankProcesses
 from runtime.layout import layouts
 from runtime.options import EngineOptions
+from runtime.recovery import Recovered, Recovery, fresh
+from runtime.requests import check_request
+from runtime.suspects import Suspects
 from runtime.targets import Target, Targets
 from runtime.types import FrontendStats, SamplingParams, TokenEvent
-from runtime.watch import Watch
+from runtime.watch import Loss, Watch
 from twin.policy.admission import Admission
-from twin.spec.errors import EptwinError, Overloaded, Problem, RankFailed, SpecError
+from twin.spec.errors import EptwinError, Overloaded, RankFailed, SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
 
 Message = dict[str, Any]
 _LINE_LIMIT = 64 << 20
 _MAX_OUTSTANDING = 100_000
+_REFORM_RETRY_S = 2.0
 
 
 class Frontend:
-    """One engine. All methods belong to one event loop. A rank that fails ends every request with RankFailed.
+    """One engine. All methods belong to one event loop. With `options.recover` it goes on without a rank that is lost, and
+    requests with it, from their tokens; else, and when there is no way on, every request ends with RankFailed.
 
+    `plan` is what was asked for; `formation` what there is. Ranks are those of the formation, seats their processes.
     `steps` keeps a record of every step and `finished_flights` every request that ended, when `options.record`.
     """
 
@@ -43,17 +50,23 @@ class Frontend:
         """Raises SpecError when the model cannot be cut as the plan says."""
         self.plan, self.model, self.options = plan, model, options or EngineOptions()
         ranks = layouts(plan, model)
+        self.formation = first_formation(plan)
         self.targets = Targets(plan, ranks, self.options.seed)
         self.max_context = model.max_context
         self.ready: dict[int, Message] = {}
         self.totals: dict[int, Message] = {}
         self.steps: list[Message] = []
         self.finished_flights: list[Flight] = []
+        self.recoveries: list[Recovered] = []
+        self.rebalances: list[Message] = []
         self.failure: EptwinError | None = None
         self._admission = Admission(plan.max_outstanding or _MAX_OUTSTANDING)
         self._ends: deque[float] = deque(maxlen=64)
         self._processes = RankProcesses(plan, model, self.options)
-        self._watch = Watch(self._processes, self.options, self._fail)
+        self._watch = Watch(self._processes, self.options, self._lose)
+        self._recovery = Recovery(self._processes, self._watch, model, self.options, self._send_seat)
+        self._recovering: asyncio.Task[None] | None = None
+        self._suspects = Suspects(self._end, self._add)
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._flights: dict[int, Flight] = {}
         self._handovers = Handovers(model, self.targets, self._send, self._wake)
@@ -88,7 +101,7 @@ class Frontend:
                 await self.stop(grace_s=0.0)
         if self.failure is not None:
             await self.stop(grace_s=0.0)
-            raise self.failure
+            raise fresh(self.failure)
         self.max_context = min(message["max_context"] for message in self.ready.values())
 
     async def drain(self, timeout_s: float) -> bool:
@@ -108,15 +121,19 @@ class Frontend:
             return
         self._stopped = True
         self._watch.stop()
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.gather(self._recovering, return_exceptions=True)
         for flight in list(self._flights.values()):
-            flight.stream.push(self.failure or TokenEvent(-1, len(flight.output), "cancelled", time.monotonic()))
+            cancelled = TokenEvent(-1, len(flight.output), "cancelled", time.monotonic())
+            flight.stream.push(fresh(self.failure) if self.failure else cancelled)
         self._flights.clear()
-        for rank in self._writers:
-            self._send(rank, {"op": "stop"})
-        if self._writers and self.failure is None:
+        for seat in self._writers:
+            self._send_seat(seat, {"op": "stop"})
+        if self._writers and self.failure is None and self._recovering is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_left.wait(), grace_s)
-        await asyncio.to_thread(self._processes.end, 0.0 if self.failure else grace_s)
+        await asyncio.to_thread(self._processes.end, 0.0 if self.failure or self._recovering else grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -129,13 +146,16 @@ class Frontend:
     # Requests
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue a request. Raises SpecError for one that cannot be served, Overloaded when there are too many."""
+        """Queue a request. Raises SpecError for one that cannot be served, Overloaded when there are too many or the engine is
+        about to go on without a rank."""
         if self.failure is not None:
-            raise self.failure
+            raise fresh(self.failure)
         prompt = [int(token) for token in prompt_ids]
-        self._check(prompt, params)
+        check_request(prompt, params, self.plan, self.model.vocab, self.max_context)
         if self._draining or self._stopped:
             raise Overloaded("the engine is shutting down", retry_after_s=5.0)
+        if self._recovering is not None:
+            raise Overloaded("a rank was lost; the others re-form", retry_after_s=_REFORM_RETRY_S)
         decision = self._admission.decide(len(self._flights), 0, 0, requests_per_s=self._finish_rate())
         if not decision.admitted:
             raise Overloaded(decision.reason, retry_after_s=decision.retry_after_s, status=429)
@@ -147,8 +167,7 @@ class Frontend:
         self._submitted += 1
         self._quiet.clear()
         move_load(flight, None, entry)
-        self._send(entry.leader, flight.message("add", wake=self._wake(entry),
-                                                hands_over=self.plan.separated and params.max_tokens > 1))
+        self._add(flight)
         return flight.stream
 
     def cancel(self, request_id: int) -> bool:
@@ -159,6 +178,9 @@ class Frontend:
         flight.cancelled = True
         flight.finish_reason = "cancelled"
         flight.stream.push(TokenEvent(-1, len(flight.output), "cancelled", time.monotonic()))
+        if self._recovering is not None:  # nobody works on it
+            self._end(flight)
+            return True
         if flight.state == "moving":  # blocks in transfer are freed when both sides are done with them
             return True
         places = [flight.at] if flight.state != "asking" or flight.decoder is None else [flight.entry, flight.decoder]
@@ -172,7 +194,8 @@ class Frontend:
         instances = self.targets.instances()
         running = min(sum(i.running for i in instances), len(self._flights))
         return FrontendStats(running, len(self._flights) - running, sum(i.steps for i in instances), self._submitted,
-                             self._finished, self._handovers.moved_bytes, instances)
+                             self._finished, self._handovers.moved_bytes, instances, self._recovering is not None,
+                             len(self.recoveries))
 
     def flight(self, request_id: int) -> Flight:
         """A request in flight. Raises KeyError for one that ended."""
@@ -192,27 +215,19 @@ class Frontend:
     def rank_pids(self) -> list[int]:
         return self._processes.pids()
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
-        problems = []
-        if not prompt:
-            problems.append(Problem("is empty", field="prompt", expected="at least one token"))
-        if prompt and not 0 <= min(prompt) <= max(prompt) < self.model.vocab:
-            problems.append(Problem("has token ids outside the vocabulary", field="prompt",
-                                    expected=f"0..{self.model.vocab - 1}"))
-        if len(prompt) + params.max_tokens > self.max_context:
-            problems.append(Problem(f"prompt {len(prompt)} + output {params.max_tokens} tokens exceed the context",
-                                    field="max_tokens", expected=f"at most {self.max_context} together"))
-        for pool in self.plan.pools:
-            if pool.role != "decode" and pool.chunk_tokens is None and len(prompt) > pool.max_batch_tokens:
-                problems.append(Problem(f"{len(prompt)} tokens exceed a step and chunked prefill is off", field="prompt",
-                                        expected=f"at most {pool.max_batch_tokens}"))
-        if problems:
-            raise SpecError(problems)
-
     # Ranks
 
+    def _add(self, flight: Flight) -> None:
+        """Give a request to its entry, with the tokens that it has."""
+        more = flight.params.max_tokens - len(flight.output) > 1
+        self._send(flight.entry.leader, flight.message("add", wake=self._wake(flight.entry),
+                                                       hands_over=self.plan.separated and more))
+
     def _send(self, rank: int, message: Message) -> None:
-        writer = self._writers.get(rank)
+        self._send_seat(self.formation.seats[rank], message)
+
+    def _send_seat(self, seat: int, message: Message) -> None:
+        writer = self._writers.get(seat)
         if writer is not None and not writer.is_closing():
             writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
@@ -229,32 +244,40 @@ class Frontend:
         try:
             while line := await reader.readline():
                 message = json.loads(line)
-                if message["ev"] == "hello":
-                    self._writers[message["rank"]] = writer
-                else:
-                    self._hear(message)
+                seat, event = message["seat"], message["ev"]
+                if event == "hello":
+                    self._writers[seat] = writer
+                elif event == "bye":
+                    self._farewells.add(seat)
+                    if self._farewells >= self._writers.keys():
+                        self._all_left.set()
+                elif self._recovering is not None and event in ("here", "ready"):
+                    self._recovery.hear(seat, message)
+                elif message["formation"] == self.formation.number and seat in self.formation.seats:
+                    self._hear(seat, {**message, "rank": self.formation.seats.index(seat)})
         except ConnectionError:
             pass  # the watch knows better why a rank is gone
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, seat: int, message: Message) -> None:
         event, rank = message["ev"], message["rank"]
         if event == "ready":
+            self._watch.ready(seat)
             self.ready[rank] = message
             if len(self.ready) == self.plan.gpus:
                 self._started.set()
+        elif event == "failed":
+            self._watch.report(seat, message)
+        elif self._recovering is not None:
+            return
         elif event == "step":
             self._hear_step(self.targets.of_leader(rank), message)
         elif event == "load":
             target = self.targets.of_leader(rank)
             target.running, target.waiting, target.kv_usage = message["load"]
-        elif event == "failed":
-            self._watch.report(rank, message)
         elif event == "totals":
             self.totals[rank] = message
-        elif event == "bye":
-            self._farewells.add(rank)
-            if self._farewells >= self._writers.keys():
-                self._all_left.set()
+        elif event == "eplb":
+            self.rebalances.append(message)
         elif (flight := self._flights.get(message.get("id", -1))) is not None:
             self._hear_flight(flight, message)
 
@@ -271,6 +294,8 @@ class Frontend:
     def _hear_step(self, target: Target, message: Message) -> None:
         target.running, target.waiting, target.kv_usage = message["load"]
         target.steps += 1
+        if "drafts" in message:
+            target.count_drafts(*message["drafts"])
         for request_id in message.get("preempted", ()):
             if (flight := self._flights.get(request_id)) is not None:
                 flight.preemptions += 1
@@ -283,6 +308,8 @@ class Frontend:
                 continue
             target.outstanding_tokens -= 1 if flight.output else 1 + len(flight.prompt)
             flight.give(token, reason)
+            self._recovery.progressed()
+            self._suspects.clear(flight)
             if reason is not None and not flight.pending:
                 self._end(flight)
         for request_id, blocks in message.get("handover", ()):
@@ -299,6 +326,7 @@ class Frontend:
         if self._flights.pop(flight.request_id, None) is None:
             return
         move_load(flight, flight.decoder or flight.entry, None)
+        self._suspects.clear(flight, try_next=self._recovering is None)
         self._finished += 1
         self._ends.append(time.monotonic())
         if self.options.record:
@@ -313,13 +341,55 @@ class Frontend:
         """Requests that ended a second, over the last few."""
         return (len(self._ends) - 1) / max(time.monotonic() - self._ends[0], 1e-3) if len(self._ends) > 1 else 0.0
 
+    # Losses
+
+    def _lose(self, loss: Loss) -> None:
+        """A rank is lost, or ranks have lost one another."""
+        able = self.options.recover and self._started.is_set() and not isinstance(loss.cause, SpecError)
+        if not able or self._stopped:
+            self._fail(loss.cause)
+            return
+        self._suspects.strike(self._flights[i] for i in loss.suspects if i in self._flights)
+        self._recovery.note(loss)
+        if self._recovering is None:
+            self._recovering = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Form anew, then go on with every request."""
+        try:
+            self.ready, done = await self._recovery.run(self.formation, self._begin)
+        except EptwinError as failure:
+            self._recovering = None
+            self._fail(failure)
+            return
+        plan = self.formation.plan
+        self.recoveries.append(done)
+        self.targets = Targets(plan, layouts(plan, self.model), self.options.seed, self.formation.origins)
+        moved, self._handovers = self._handovers.moved_bytes, Handovers(self.model, self.targets, self._send, self._wake)
+        self._handovers.moved_bytes = moved
+        self.max_context = min(message["max_context"] for message in self.ready.values())
+        self._recovering = None
+        for flight in list(self._flights.values()):
+            if flight.cancelled:
+                self._end(flight)
+                continue
+            flight.start_over(self.targets.choose_entry(len(flight.prompt) + len(flight.output)))
+            if not self._suspects.waits(flight):
+                self._add(flight)
+
+    def _begin(self, formation: Formation) -> None:
+        """A formation is tried: nothing that belongs to an earlier one counts any more."""
+        self.formation = formation
+        self._wakes.clear()
+        for seat in self._writers.keys() - set(formation.seats):
+            self._writers.pop(seat).close()
+
     def _fail(self, failure: EptwinError) -> None:
-        """A rank is lost: so are all requests. Whoever waits for the start hears it too."""
+        """The engine is lost: so are all requests. Whoever waits for the start hears it too."""
         self.failure = failure
         for flight in self._flights.values():
-            flight.stream.push(failure)
+            flight.stream.push(fresh(failure))
         self._flights.clear()
         self._settle()
         self._started.set()
-
 

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from torch.distributed import TCPStore
 
 from runtime.board import Board
+from runtime.formation import Formation
 from runtime.options import Briefing, EngineOptions
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
@@ -28,8 +30,9 @@ _LOG_TAIL = 600
 
 
 class RankProcesses:
-    """The ranks of one engine. The private folder holds the briefing, the control socket, the board and their logs.
+    """The ranks of one engine, by seat: the rank that a process was in the first formation.
 
+    The private folder holds the briefings, the control socket, the board and their logs.
     External ranks are not children: what is known of them is what they say, their heart beats, and their process ids.
     """
 
@@ -40,10 +43,11 @@ class RankProcesses:
         self.folder = Path(options.external or self._folder.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.control_path = self.folder / "control"
-        self.board = Board(self.folder / "board", self.world, create=True)
+        self.board = Board(self.folder / "board", self.world)
         self._briefing = Briefing(model, plan, options, self.control_path, self.folder / "board")
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._logs: list[IO[bytes]] = []
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._logs: dict[int, IO[bytes]] = {}
+        self._env: dict[str, str] = {}
         self._store: TCPStore | None = None
 
     def start(self) -> None:
@@ -52,23 +56,44 @@ class RankProcesses:
         self._briefing.write(briefing)
         if self._external:
             return
-        env = {**os.environ, "WORLD_SIZE": str(self.world), "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1",
-               "OMP_NUM_THREADS": str(self._briefing.options.threads_for(self.world)), "GLOO_SOCKET_IFNAME": _loopback()}
+        threads = str(self._briefing.options.threads_for(self.world))
+        self._env = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads,
+                     "GLOO_SOCKET_IFNAME": _loopback()}
         if self.world > 1:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._open_store())}
+            self._env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._open_store())}
         for rank in range(self.world):
-            log = (self.folder / f"rank{rank}.log").open("wb")
-            self._logs.append(log)
-            self._children.append(subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "runtime.worker", str(briefing)], env={**env, "RANK": str(rank)},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            self._launch(briefing, rank, rank, self.world)
+
+    def replace(self, formation: Formation, seats: set[int]) -> None:
+        """Start new processes on seats whose old ones have ended; they are ranks of `formation` from the start."""
+        briefing = self.folder / f"briefing{formation.number}.json"
+        replace(self._briefing, plan=formation.plan, formation=formation.number).write(briefing)
+        for rank, seat in enumerate(formation.seats):
+            if seat in seats:
+                self._launch(briefing, seat, rank, len(formation.seats))
+
+    def kill(self, seats: set[int]) -> None:
+        """End processes now, stopped ones too, and wait until they are gone. Also ends what they have open."""
+        for seat in seats:
+            self._children[seat].kill()
+        for seat in seats:
+            self._children[seat].wait()
+
+    def _launch(self, briefing: Path, seat: int, rank: int, world: int) -> None:
+        if seat in self._logs:
+            self._logs[seat].close()
+        log = self._logs[seat] = (self.folder / f"rank{seat}.log").open("ab")
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "EPTWIN_SEAT": str(seat)}
+        self._children[seat] = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "runtime.worker", str(briefing)], env={**self._env, **place},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def exited(self) -> dict[int, int]:
         """Exit codes of the ranks that ended; a negative one is the signal that killed it."""
-        return {rank: code for rank, child in enumerate(self._children) if (code := child.poll()) is not None}
+        return {rank: code for rank, child in self._children.items() if (code := child.poll()) is not None}
 
     def pids(self) -> list[int]:
-        return [child.pid for child in self._children]
+        return [child.pid for _, child in sorted(self._children.items())]
 
     def log_tail(self, rank: int) -> str:
         """The end of what a rank wrote."""
@@ -79,12 +104,12 @@ class RankProcesses:
         """Wait `grace_s` for the ranks to leave by themselves, then end those that have not, and tidy up."""
         self._wait(grace_s)
         for how in (signal.SIGTERM, signal.SIGKILL):
-            for child in self._children:
+            for child in self._children.values():
                 if child.poll() is None:
                     child.send_signal(signal.SIGCONT)  # a stopped process would not even die of SIGTERM
                     child.send_signal(how)
             self._wait(1.0)
-        for log in self._logs:
+        for log in self._logs.values():
             log.close()
         self.board.close()
         if self._external:
@@ -95,7 +120,7 @@ class RankProcesses:
 
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and any(child.poll() is None for child in self._children):
+        while time.monotonic() < until and any(child.poll() is None for child in self._children.values()):
             time.sleep(0.01)
 
     def _open_store(self) -> int:

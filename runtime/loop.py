@@ -22,6 +22,7 @@ from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.board import Board
 from runtime.comm.group import PeerLost
 from runtime.control import Control, Message
+from runtime.faults import Injector
 from runtime.rank import Rank
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
@@ -35,8 +36,8 @@ from twin.spec.errors import SpecError
 class Clock:
     """Seconds by phase; `mark` ends one phase and begins the next, and notes it on the board."""
 
-    def __init__(self, board: Board | None, rank: int) -> None:
-        self._board, self._rank = board, rank
+    def __init__(self, board: Board | None, rank: int, faults: Injector | None = None) -> None:
+        self._board, self._rank, self._faults = board, rank, faults
         self._phase, self._since = "start", time.monotonic()
         self._inside = False
         self._parts: dict[str, float] = {}
@@ -49,6 +50,16 @@ class Clock:
         self._phase, self._since = phase, now
         if self._board is not None:
             self._board.mark(self._rank, phase)
+        self.point(phase)
+
+    def point(self, name: str) -> None:
+        """Come to a point at which a fault may be armed."""
+        if self._faults is not None:
+            self._faults.at(name)
+
+    @property
+    def phase(self) -> str:
+        return self._phase
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -62,9 +73,19 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
-        self.mark(self._phase)
+        now = time.monotonic()
+        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
+        self._since = now
         parts, self._parts = self._parts, {}
         return parts
+
+
+class Reformed(Exception):
+    """The front end told this rank to take its place in another formation."""
+
+    def __init__(self, order: Message) -> None:
+        super().__init__(f"re-form as rank {order['rank']} of {order['world']}")
+        self.order = order
 
 
 @dataclass
@@ -93,6 +114,7 @@ class StepLoop:
         self._told_to_stop = self._stopped = False
         self._began = self._ended = 0.0
         self._rounds = 0
+        self.working: list[int] = []  # requests of the step under way
 
     def run(self) -> None:
         """Take steps until told to stop. Raises PeerLost when another rank is gone."""
@@ -114,9 +136,11 @@ class StepLoop:
             start_send(self.rank, message, self.control)
         elif op == "receive_kv":
             start_receive(self.rank, message, self.control)
-        elif op == "lost":
+        elif op == "reform":
+            raise Reformed(message)
+        elif op == "lost" and message["formation"] == self.control.formation:
             raise PeerLost(message["error"])
-        elif op != "wake" and self._desk is not None:
+        elif op not in ("wake", "lost") and self._desk is not None:
             self._desk.hear(message)
 
     def _round(self) -> None:
@@ -140,7 +164,9 @@ class StepLoop:
                     self._desk.tell_load()
             return
         self._rounds += 1
+        self.working = [*plan.decode, *(chunk.request_id for chunk in plan.prefill)]
         segments = self._share(segments, packed, agreed.plan_size)
+        self.clock.point("prefill" if any(s.is_prefill for s in segments) else "decode")
         if self._drafter is not None:
             segments = self._drafter.extend(segments, owners, agreed.passes, agreed.capacity)
         logits, greedy, states = self._forward(segments, agreed)
@@ -300,7 +326,7 @@ class Desk:
         if plan.preempted:
             news["preempted"] = list(plan.preempted)
         if record is not None:
-            news["record"] = {**record, "kv": news["load"][2], "made": len(taken.out)}
+            news["record"] = {**record, "kv": news["load"][2], "made": len(taken.out), "drafts": [taken.drafted, taken.stood]}
         self.control.send(news)
 
     def tell_load(self) -> None:
@@ -313,9 +339,10 @@ class Desk:
 
     def _add(self, message: Message) -> None:
         request = LiveRequest.of(message)
-        most = 1 if request.hands_over else request.params.max_tokens
+        most = request.generated + 1 if request.hands_over else request.params.max_tokens
         try:
-            self.scheduler.add(request.request_id, request.prompt_len, most, token_ids=request.tokens[:request.prompt_len])
+            self.scheduler.add(request.request_id, request.prompt_len, most, generated_tokens=request.generated,
+                               token_ids=request.tokens[:request.prompt_len])
         except SpecError as err:
             self.control.send({"ev": "refused", "id": request.request_id, "error": str(err)})
             return

@@ -13,6 +13,7 @@ import numpy as np
 from runtime.flight import Flight
 from runtime.frontend import Frontend
 from runtime.rank import place
+from runtime.targets import add_places
 from twin.policy.placement import Placement, rank_load
 from twin.spec.plan import PoolPlan
 from twin.spec.provenance import provenance
@@ -23,6 +24,7 @@ from twin.spec.workload import WorkloadSpec
 Record = dict[str, Any]
 PARTS = {"embed": "embedding", "attention": "attention", "dense_ffn": "ffn/dense", "gate": "moe/gate", "dispatch": "moe/dispatch",
          "experts": "moe/experts", "combine": "moe/combine", "shared_experts": "moe/shared", "head": "head", "sample": "sampling",
+         "draft": "mtp/draft",
          "schedule": "host/schedule", "book": "host/book", "wait": "host/wait"}
 """The phases that ranks time, by the names of the cost model's parts."""
 _MAX_TRACE = 20_000
@@ -144,7 +146,13 @@ def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step],
         expert_load=_expert_load(frontend, index, pool),
         kv_transfer_s=Summary.of([f.transfer[1] - f.transfer[0] for f in moved if f.transfer and f.request_id in counted])
         if pool.role != "mixed" else None,
-        kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0)
+        kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0, mtp_accepted=_accepted(shown))
+
+
+def _accepted(steps: Sequence[Step]) -> tuple[float, ...] | None:
+    """Share of drafts that stood, by place; None where nothing was drafted."""
+    drafted, stood = (add_places([rank["drafts"][side] for s in steps for rank in s.ranks]) for side in (0, 1))
+    return tuple(round(good / made, 6) for good, made in zip(stood, drafted, strict=True)) or None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -74,12 +74,19 @@ class _EngineCollector(Collector):
                                           labels=labels),
         }
         steps = CounterMetricFamily("eptwin:engine_steps", "Steps of an instance", labels=labels)
+        drafts = {name: CounterMetricFamily(f"eptwin:spec_decode_num_{name}", text, labels=more) for name, text, more in (
+            ("draft_tokens", "Speculated tokens", labels), ("accepted_tokens", "Speculated tokens that were right", labels),
+            ("accepted_tokens_per_pos", "Speculated tokens that were right, by place", [*labels, "position"]))}
         for each in now.instances:
             values = [self._model_name, str(each.pool), each.role, str(each.instance)]
             for field, gauge in gauges.items():
                 gauge.add_metric(values, getattr(each, field))
             steps.add_metric(values, each.steps)
+            drafts["draft_tokens"].add_metric(values, sum(each.drafted))
+            drafts["accepted_tokens"].add_metric(values, sum(each.stood))
+            for place, stood in enumerate(each.stood):
+                drafts["accepted_tokens_per_pos"].add_metric([*values, str(place)], stood)
         moved = CounterMetricFamily("eptwin:kv_transfer_bytes", "KV bytes sent from prefill to decode",
                                     labels=["model_name"])
         moved.add_metric([self._model_name], now.kv_transfer_bytes)
-        return [*gauges.values(), steps, moved]
+        return [*gauges.values(), steps, *drafts.values(), moved]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.faults import parse
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
@@ -18,7 +19,9 @@ from twin.spec.rundir import write_text
 class EngineOptions:
     """`checkpoint` None means random weights from `seed`. `dtype` is that of weights, activations and KV.
 
-    `timeout_s` is how long a rank waits for another before it counts as lost. `threads` are torch threads a rank (None:
+    A rank that shows no sign of life for `timeout_s` counts as lost. With `recover` the others then go on without it
+    (`runtime.recovery`), else the engine fails. `faults` strike on purpose (`runtime.faults`). `record_routing` counts which
+    experts are chosen together (`runtime.routing_record`). `threads` are torch threads a rank (None:
     the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
     graphs where one rank is the whole instance.
@@ -32,7 +35,10 @@ class EngineOptions:
     backend: Literal["torch", "triton"] = "torch"
     weights: Literal["same", "fp8"] = "same"
     graphs: bool = True
-    timeout_s: float = 8.0
+    timeout_s: float = 3.0
+    recover: bool = False
+    faults: str = ""
+    record_routing: bool = False
     start_timeout_s: float = 120.0
     threads: int | None = None
     max_context: int | None = None
@@ -44,6 +50,14 @@ class EngineOptions:
             raise SpecError("triton kernels need a GPU", field="backend", expected="torch on cpu")
         if not 0 < self.timeout_s <= 3600:
             raise SpecError(f"is {self.timeout_s}", field="timeout_s", expected="0 < timeout_s <= 3600")
+        if self.recover and self.external is not None:
+            raise SpecError("ranks that somebody else started cannot be replaced", field="recover", expected="false")
+        parse(self.faults)
+
+    @property
+    def patience_s(self) -> float:
+        """How long a collective waits. Ranks that live but compute for long are not lost: who is, heart beats tell."""
+        return max(60.0, self.timeout_s)
 
     def threads_for(self, world: int) -> int:
         return self.threads or max(1, len(os.sched_getaffinity(0)) // world)
@@ -51,17 +65,19 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Briefing:
-    """The file that a rank reads first."""
+    """The file that a rank reads first. `plan` is that of the formation in which it begins."""
 
     model: ModelSpec
     plan: Plan
     options: EngineOptions
     control: Path
     board: Path
+    formation: int = 0
 
     def write(self, path: Path) -> None:
         fields = {"model": self.model.model_dump(mode="json"), "plan": self.plan.model_dump(mode="json"),
-                  "options": asdict(self.options), "control": str(self.control), "board": str(self.board)}
+                  "options": asdict(self.options), "control": str(self.control), "board": str(self.board),
+                  "formation": self.formation}
         write_text(path, json.dumps(fields))  # whole at once: external ranks may be waiting for it
 
     @classmethod
@@ -69,4 +85,5 @@ class Briefing:
         fields = json.loads(path.read_text(encoding="utf-8"))
         model = ModelSpec.model_validate_json(json.dumps(fields["model"]))
         plan = Plan.model_validate_json(json.dumps(fields["plan"]))
-        return cls(model, plan, EngineOptions(**fields["options"]), Path(fields["control"]), Path(fields["board"]))
+        return cls(model, plan, EngineOptions(**fields["options"]), Path(fields["control"]), Path(fields["board"]),
+                   fields["formation"])

@@ -23,7 +23,7 @@ from runtime.ops import ops_for
 from runtime.options import EngineOptions
 from runtime.quantise import quantise
 from runtime.speculate import uses_mtp
-from runtime.weights import load_weights
+from runtime.weights import Kept, load_weights
 from twin.policy import placement as policy
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
@@ -63,17 +63,25 @@ class Rank:
     device: torch.device
     dense_bytes: int
     expert_bytes: int
+    placement: list[list[int]] | None = None
     decode: DecodeRunner | None = None
     mtp: Mtp | None = None
+
+    def keep(self) -> Kept | None:
+        """Its weights for another formation; None where they are not as they were loaded (fp8)."""
+        params = self.transformer.params
+        as_loaded = not any(name.endswith(".scale") for name in params)
+        return Kept(rank_params(self.model, self.at, self.placement, mtp=self.mtp is not None), params) if as_loaded else None
 
     @property
     def kv_bytes(self) -> int:
         return sum(cache.numel() * cache.element_size() for cache in self.kv)
 
 
-def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, mark: Mark) -> Rank:
+def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, mark: Mark, kept: Kept | None = None) -> Rank:
     """Set a rank up. In a world of more than one, every rank must call this with torch.distributed initialised.
 
+    `kept` are weights from a former formation: what is needed again is not loaded again.
     Raises SpecError when weights are not as they should be or nothing is left for the cache.
     """
     everyone = layouts(plan, model)
@@ -88,7 +96,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     mark("load")
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, mtp=mtp,
-                          placement=placement)
+                          placement=placement, kept=kept)
     params = quantise(params) if options.weights == "fp8" else params
     rig = Rig(ops_for(options.backend), groups.tp, experts, mark)
     transformer = Transformer(model, at, params, rig, placement)
@@ -106,8 +114,8 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
         decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context,
                               most=pool.max_num_seqs * (1 + pool.mtp_draft_tokens))
         decode.capture()
-    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True], decode,
-                Mtp(transformer, params, placement) if mtp else None)
+    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
+                placement, decode, Mtp(transformer, params, placement) if mtp else None)
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:
@@ -133,7 +141,7 @@ def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions) 
 
     def groups_of(kind: str, ranks_of: Callable[[RankLayout], list[int]], how: str) -> Group:
         for ranks in sorted({tuple(ranks_of(one)) for one in everyone}):
-            group = make_group(ranks, at.rank, options.timeout_s, how) if len(ranks) > 1 else solo(ranks[0])
+            group = make_group(ranks, at.rank, options.patience_s, how) if len(ranks) > 1 else solo(ranks[0])
             mine[kind, ranks[0]] = group
         return mine[kind, ranks_of(at)[0]]
 

@@ -87,7 +87,7 @@ class MtpDrafter:
         if passes < 1:
             return segments
         with self._within("draft"), torch.inference_mode():
-            members = [i for i, s in enumerate(segments) if not s.is_prefill]
+            members = [i for i, s in enumerate(segments) if not s.is_prefill and len(s.token_ids) > 2]
             ids = [list(s.token_ids) for s in segments]
             states = self._states[self._told([owners[i].draft_row for i in members] if self._leads else [0] * len(members))]
             for far in range(1, passes + 1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -30,21 +31,35 @@ class Target:
     waiting: int = 0
     kv_usage: float = 0.0
     steps: int = 0
+    drafted: list[int] = field(default_factory=list)
+    stood: list[int] = field(default_factory=list)
+
+    def count_drafts(self, drafted: list[int], stood: list[int]) -> None:
+        """Add a step's drafts by place: how many there were and how many stood."""
+        self.drafted, self.stood = add_places([self.drafted, drafted]), add_places([self.stood, stood])
 
     @property
     def leader(self) -> int:
         return self.tp_ranks[0]
 
 
+def add_places(counts: Sequence[Sequence[int]]) -> list[int]:
+    """Sums by place; a shorter list has nothing further on."""
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
+
+
 class Targets:
     """All targets, and the routers that choose among those that take prompts and among those that decode."""
 
-    def __init__(self, plan: Plan, ranks: Sequence[RankLayout], seed: int) -> None:
+    def __init__(self, plan: Plan, ranks: Sequence[RankLayout], seed: int, origins: Sequence[tuple[int, int]] = ()) -> None:
+        """`origins` names every instance by what it was in the plan that the engine began with (see runtime.formation)."""
         if plan.router == "prefix_affinity":
             raise SpecError("the engine's front end does not know what its ranks have cached yet", field="router",
                             expected="round_robin, least_loaded, power_of_two or predicted_ttft")
-        self.targets = [Target(at.pool, plan.pools[at.pool], at.instance, at.dp_rank, at.tp_ranks, at.instance_ranks)
-                        for at in ranks if at.is_leader]
+        places = sorted({(at.pool, at.instance) for at in ranks})
+        named = dict(zip(places, origins or places, strict=True))
+        self.targets = [Target(named[at.pool, at.instance][0], plan.pools[at.pool], named[at.pool, at.instance][1], at.dp_rank,
+                               at.tp_ranks, at.instance_ranks) for at in ranks if at.is_leader]
         self.entries = [t for t in self.targets if t.plan.role != "decode"]
         self.decoders = [t for t in self.targets if t.plan.role == "decode"]
         self._entry_router = Router(plan.router, len(self.entries), seed)
@@ -76,5 +91,6 @@ class Targets:
         for target in self.targets:
             groups.setdefault((target.pool, target.instance), []).append(target)
         return tuple(InstanceStats(pool, group[0].plan.role, instance, sum(t.running for t in group),
-                                   sum(t.waiting for t in group), max(t.kv_usage for t in group), max(t.steps for t in group))
+                                   sum(t.waiting for t in group), max(t.kv_usage for t in group), max(t.steps for t in group),
+                                   tuple(add_places([t.drafted for t in group])), tuple(add_places([t.stood for t in group])))
                      for (pool, instance), group in groups.items())

@@ -54,13 +54,16 @@ def _receive(rank: Rank, message: Message) -> int:
 
 
 def _start(event: str, work: Callable[[Rank, Message], int], rank: Rank, message: Message, control: Control) -> None:
+    formation = control.formation
+
     def run() -> None:
         began = time.monotonic()
         try:
             with torch.inference_mode():
                 n_bytes = work(rank, message)
-            control.send({"ev": event, "id": message["id"], "bytes": n_bytes, "start": began, "end": time.monotonic()})
+            control.send({"ev": event, "formation": formation, "id": message["id"], "bytes": n_bytes, "start": began,
+                          "end": time.monotonic()})
         except PeerLost as err:  # the main thread must end the rank, and with the right words
-            control.post({"op": "lost", "error": f"KV transfer: {err}"})
+            control.post({"op": "lost", "formation": formation, "error": f"KV transfer: {err}"})
 
     threading.Thread(target=run, daemon=True, name=f"kv-{event}-{message['tag']}").start()

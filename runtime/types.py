@@ -62,7 +62,8 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class InstanceStats:
-    """One instance, summed over its DP ranks. `kv_usage` is the used fraction of the fullest DP rank's blocks."""
+    """One instance, summed over its DP ranks. `kv_usage` is the used fraction of the fullest DP rank's blocks; `drafted` and
+    `stood` count speculated tokens by place, and those that were right."""
 
     pool: int
     role: str
@@ -71,11 +72,14 @@ class InstanceStats:
     waiting: int
     kv_usage: float
     steps: int
+    drafted: tuple[int, ...] = ()
+    stood: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class FrontendStats:
-    """The engine now. `running` and `waiting` count requests over all instances."""
+    """The engine now. `running` and `waiting` count requests over all instances. While `recovering` it takes no requests;
+    `recoveries` counts the times that it went on without a rank."""
 
     running: int = 0
     waiting: int = 0
@@ -84,6 +88,8 @@ class FrontendStats:
     finished: int = 0
     kv_transfer_bytes: int = 0
     instances: tuple[InstanceStats, ...] = field(default_factory=tuple)
+    recovering: bool = False
+    recoveries: int = 0
 
 
 class TokenStream(Protocol):

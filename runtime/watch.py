@@ -1,4 +1,4 @@
-"""Watching ranks: which one failed, in what phase, and what it said; told once."""
+"""Watching ranks: which ones are lost, in what phase, and what they said."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.launch import RankProcesses
@@ -15,32 +16,63 @@ from twin.spec.errors import EptwinError, RankFailed, SpecError
 _PERIOD_S = 0.1
 _SETTLE_S = 0.3
 """After the first sign of trouble, how long to gather others: survivors often complain before the dead are found."""
+_CERTAIN_S = 0.05
+"""The same when a process is known to be dead and the others go on without it."""
 _MIN_SILENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What went wrong. `lost` are seats whose processes cannot be used any more; none when a rank raised an error of its own
+    or nobody knows why ranks lost one another. `suspects` are the requests that a rank worked on as it raised its error."""
+
+    cause: EptwinError
+    lost: frozenset[int]
+    suspects: tuple[int, ...] = ()
 
 
 class Watch:
     """Looks at children, heart beats and reports. The cause is, in this order: a rank killed by a signal or that ended by
-    itself, a rank that raised an error of its own, a rank without heart beat, the first to complain about a peer."""
+    itself, a rank that raised an error of its own, a rank without heart beat, the first to complain about a peer.
 
-    def __init__(self, processes: RankProcesses, options: EngineOptions, fail: Callable[[EptwinError], None]) -> None:
-        self._processes, self._fail = processes, fail
+    Every loss is told once; without `options.recover` the first ends the watch.
+    """
+
+    def __init__(self, processes: RankProcesses, options: EngineOptions, fail: Callable[[Loss], None]) -> None:
+        self._processes, self._fail, self._recover = processes, fail, options.recover
         self._silence_s = max(options.timeout_s, _MIN_SILENCE_S)
+        self._start_s = max(options.start_timeout_s, self._silence_s)
+        self._seats = set(range(processes.world))
+        self._busy = set(self._seats)
         self._reports: dict[int, dict[str, Any]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
         self._stopped = False
         self._trouble = asyncio.Event()
 
-    def report(self, rank: int, message: dict[str, Any]) -> None:
+    def report(self, seat: int, message: dict[str, Any]) -> None:
         """A rank says that it failed."""
-        self._reports[rank] = message
+        self._reports[seat] = message
         self._trouble.set()
+
+    def ready(self, seat: int) -> None:
+        """A rank has set itself up: from now on its heart beats count."""
+        self._busy.discard(seat)
+        self._beats[seat] = (self._processes.board.read(seat)[1], time.monotonic())
+
+    def expect(self, seats: set[int], fresh: set[int]) -> None:
+        """Watch these seats, no others; the `fresh` ones have new processes, that take their time to start."""
+        self._seats = set(seats)
+        self._busy |= fresh
+        for seat in fresh:
+            self._beats.pop(seat, None)
+        self._reports = {}
 
     def stop(self) -> None:
         """Ranks that leave from now on are meant to."""
         self._stopped = True
 
     async def run(self) -> None:
-        """Watch until stopped or until something fails."""
+        """Watch until stopped or until something fails for good."""
         while not self._stopped:
             try:
                 async with asyncio.timeout(_PERIOD_S):
@@ -49,26 +81,40 @@ class Watch:
                 pass
             if self._stopped:
                 return
-            if self._reports or self._processes.exited() or self._silent():
-                await asyncio.sleep(_SETTLE_S)
-                if not self._stopped:
-                    self._fail(self._cause())
-                return
+            if self._reports or self._exited() or self._silent():
+                await asyncio.sleep(_CERTAIN_S if self._recover and (self._exited() or self._silent()) else _SETTLE_S)
+                self._trouble.clear()
+                if not self._stopped and (self._reports or self._exited() or self._silent()):
+                    found = self._loss()
+                    self._seats -= found.lost
+                    self._reports = {}
+                    self._fail(found)
+                    if not self._recover:
+                        return
+
+    def _exited(self) -> dict[int, int]:
+        return {seat: code for seat, code in self._processes.exited().items() if seat in self._seats}
 
     def _silent(self) -> list[int]:
-        """Ranks whose heart has not beaten for the timeout."""
+        """Ranks whose heart has not beaten for the timeout; one that sets itself up may be silent for longer."""
         now = time.monotonic()
         silent = []
-        for rank in range(self._processes.world):
-            beats = self._processes.board.read(rank)[1]
-            if beats != self._beats.get(rank, (-1, 0.0))[0]:
-                self._beats[rank] = (beats, now)
-            elif beats and now - self._beats[rank][1] > self._silence_s:  # before the first beat it is still importing
-                silent.append(rank)
+        for seat in sorted(self._seats):
+            beats = self._processes.board.read(seat)[1]
+            if beats != self._beats.get(seat, (-1, 0.0))[0]:
+                self._beats[seat] = (beats, now)
+            elif now - self._beats[seat][1] > (self._start_s if seat in self._busy else self._silence_s):
+                silent.append(seat)
         return silent
 
+    def _loss(self) -> Loss:
+        lost = frozenset(self._exited()) | frozenset(self._silent())
+        errors = {seat: m for seat, m in self._reports.items() if m["kind"] == "error" and seat not in lost}
+        suspects = tuple(i for m in errors.values() for i in m.get("requests", ()))
+        return Loss(self._cause(), lost, suspects)
+
     def _cause(self) -> EptwinError:
-        exited = {rank: code for rank, code in self._processes.exited().items() if rank not in self._reports}
+        exited = {rank: code for rank, code in self._exited().items() if rank not in self._reports}
         for rank, code in sorted(exited.items(), key=lambda item: item[1]):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return self._failed(rank, how, self._processes.log_tail(rank) if code > 0 else "")
@@ -86,10 +132,12 @@ class Watch:
         """Ranks that have not said anything themselves and are the longest without a heart beat."""
         now = time.monotonic()
         self._silent()
-        quiet = {rank: now - since for rank, (_, since) in self._beats.items() if rank not in self._reports}
-        return sorted((rank for rank, seconds in quiet.items() if seconds > _MIN_SILENCE_S / 2), key=lambda r: -quiet[r])
+        quiet = {seat: now - since for seat, (_, since) in self._beats.items()
+                 if seat not in self._reports and seat in self._seats and seat not in self._busy}
+        return sorted((seat for seat, seconds in quiet.items() if seconds > _MIN_SILENCE_S / 2), key=lambda s: -quiet[s])
 
     def _failed(self, rank: int, how: str, said: str = "", phase: str = "") -> RankFailed:
         phase = phase or self._processes.board.read(rank)[0]
-        text = f"rank {rank} {how} in phase {phase}; the other ranks were ended"
+        end = "the others go on without it" if self._recover else "the other ranks were ended"
+        text = f"rank {rank} {how} in phase {phase}; {end}"
         return RankFailed(f"{text}\n{said}" if said else text, rank=rank, where=phase)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,14 +37,48 @@ class Reader(Protocol):
         """The piece's `take` of its source, in fp32 or the stored format."""
 
 
-def load_params(params: Iterable[Param], reader: Reader, dtype: torch.dtype,
-                device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+class Kept:
+    """Weights that a rank holds already, by the pieces that they were loaded from."""
+
+    def __init__(self, params: Iterable[Param], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._whole = {param: tensors[param.name] for param in params}
+        self._parts = {_source(piece): part_of(tensors[param.name], piece) for param in self._whole for piece in param.pieces}
+
+    def whole(self, param: Param) -> torch.Tensor | None:
+        """The parameter, if it is the same."""
+        return self._whole.get(param)
+
+    def part(self, piece: Piece) -> torch.Tensor | None:
+        """What fills the piece's place, if any parameter held it."""
+        return self._parts.get(_source(piece))
+
+
+def _source(piece: Piece) -> Piece:
+    """The piece wherever it goes."""
+    return replace(piece, into=())
+
+
+def part_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The part of a parameter that a piece fills, as a view."""
+    return tensor[tuple(i if isinstance(i, int) else slice(*i) for i in piece.into)]
+
+
+def load_params(params: Iterable[Param], reader: Reader, dtype: torch.dtype, device: torch.device | str = "cpu",
+                kept: Kept | None = None) -> dict[str, torch.Tensor]:
     """Allocate and fill a rank's parameters. Raises SpecError naming a tensor that cannot be had."""
     loaded: dict[str, torch.Tensor] = {}
     for param in params:
+        same = kept.whole(param) if kept is not None else None
+        if same is not None:
+            loaded[param.name] = same
+            continue
         tensor = torch.zeros(param.shape, dtype=torch.float32 if param.kind == "fp32" else dtype, device=device)
         for piece in param.pieces:
-            part = tensor[tuple(i if isinstance(i, int) else slice(*i) for i in piece.into)]
+            part = part_of(tensor, piece)
+            held = kept.part(piece) if kept is not None else None
+            if held is not None:
+                part.copy_(held)
+                continue
             value = reader.read(piece)
             value = value if piece.stride is None else value[..., piece.stride::2]
             value = value.transpose(-1, -2) if piece.transpose else value
@@ -54,14 +89,14 @@ def load_params(params: Iterable[Param], reader: Reader, dtype: torch.dtype,
 
 def load_weights(model: ModelSpec, at: RankLayout, *, checkpoint: Path | None, seed: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu", placement: Placement | None = None,
-                 mtp: bool = False) -> dict[str, torch.Tensor]:
+                 mtp: bool = False, kept: Kept | None = None) -> dict[str, torch.Tensor]:
     """A rank's weights from a checkpoint folder, or random ones when `checkpoint` is None; `mtp`: the module's as well."""
     params = rank_params(model, at, placement, mtp=mtp)
     if checkpoint is None:
-        return load_params(params, RandomReader(seed, device), dtype, device)
+        return load_params(params, RandomReader(seed, device), dtype, device, kept)
     with SafetensorsReader(checkpoint) as reader:
         reader.check(checkpoint_tensors(model, mtp=mtp), model.layers, tied=model.tie_embeddings)
-        return load_params(params, reader, dtype, device)
+        return load_params(params, reader, dtype, device, kept)
 
 
 class RandomReader:

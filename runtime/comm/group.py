@@ -115,6 +115,21 @@ def make_group(ranks: Sequence[int], rank: int, timeout_s: float, backend: str =
     return Group(pg, tuple(ranks), ranks.index(rank) if rank in ranks else -1)
 
 
+def leave_groups() -> None:
+    """End every process group of this process. Peers that wait for it in a collective get an error at once: their
+    connections close. NCCL's groups are aborted first, since they would wait for kernels that never end."""
+    if not dist.is_initialized():
+        return
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        for pg in list(dist.distributed_c10d._world.pg_map):
+            if dist.get_backend(pg) == "nccl":
+                pg.abort()
+    try:
+        dist.destroy_process_group()
+    except RuntimeError:  # a group that is broken already may say so once more
+        dist.distributed_c10d._world.pg_map.clear()
+
+
 def guarded(call: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a lost peer, whatever words the backend finds for it."""
     try:

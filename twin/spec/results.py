@@ -124,7 +124,8 @@ class Memory(Spec):
 
 class PoolResult(Spec):
     """One pool's behaviour. `breakdown_s` is the mean seconds of a step by operator path ("attention/kv_read");
-    `sources` says where each came from. `expert_load` is [layers][ranks] relative to the mean (1.0 = balanced)."""
+    `sources` says where each came from. `expert_load` is [layers][ranks] relative to the mean (1.0 = balanced).
+    `mtp_accepted[j]` is the share of the (j+1)-th speculated tokens that were right, all before them included."""
 
     role: Role
     instances: int
@@ -146,6 +147,7 @@ class PoolResult(Spec):
     expert_load: tuple[tuple[float, ...], ...] | None = None
     kv_transfer_s: Summary | None = None
     kv_transfer_bytes: float = 0.0
+    mtp_accepted: tuple[float, ...] | None = None
 
 
 class Series(Spec):
