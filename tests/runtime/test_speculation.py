@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from runtime_worlds import Served, draw_alone, fork_world, serve
 
 from runtime.batch import Segment, halve, logit_rows, make_step
+from runtime.frontend import Frontend
 from runtime.layout import single
+from runtime.measure import _accepted, group_steps
+from runtime.metrics import ServiceMetrics
 from runtime.model.mtp import Mtp
 from runtime.model.params import checkpoint_tensors
 from runtime.ngram import Ngram
@@ -236,3 +240,34 @@ def test_a_checkpoint_without_the_module_says_so(made: Made, tmp_path: Path) -> 
     plan = Plan(pools=(PoolPlan(**{**POOL, "mtp_draft_tokens": 1}),))
     with pytest.raises(SpecError, match=r"model\.layers\.2\.input_layernorm\.weight: tensor is missing"):
         build_rank(made.model, plan, EngineOptions(checkpoint=str(tmp_path / "m")), 0, lambda phase: None)
+
+
+def test_prompts_computed_elsewhere_bring_the_modules_kv(tmp_path: Path) -> None:
+    """Prefill on TP 2 hands over to a drafting decode instance on DP 2: same tokens, one layer more of KV, and a measurement
+    that says how many drafts were right."""
+    made = make(tmp_path / "deepseek_v3", "deepseek_v3", mtp=1)
+    plan = Plan(pools=(PoolPlan(**{**POOL, "role": "prefill", "tp": 2, "ep": 2}),
+                       PoolPlan(**{**POOL, "role": "decode", "dp": 2, "ep": 2, "mtp_draft_tokens": 2})))
+    together = fork_world(1, tmp_path, serve, made.model, Plan(pools=(PoolPlan(**{**POOL, "mtp_draft_tokens": 2}),)),
+                          str(made.folder), made.requests)[0]
+
+    async def work() -> None:
+        frontend = Frontend(plan, made.model, EngineOptions(checkpoint=str(made.folder), record=True))
+        await frontend.start()
+        try:
+            streams = [frontend.submit(prompt, replace(params, seed=i)) for i, (prompt, params) in enumerate(made.requests)]
+            assert [[event.token_id async for event in stream] for stream in streams] == made.outputs
+            tokens = sum(len(prompt) for prompt, _ in made.requests)
+            layers = made.model.layers
+            assert frontend.moved_bytes == tokens * made.model.kv_bytes_per_token("fp32") * (layers + 1) // layers
+            prefill, decode = frontend.stats().instances
+            assert not prefill.drafted
+            assert decode.stood[0] / decode.drafted[0] > 0.8 * together.drafts[1][0] / together.drafts[0][0]
+            metrics = ServiceMetrics("tiny", frontend.stats).render().decode()
+            assert f'position="1",role="decode"}} {float(decode.stood[1])}' in metrics
+        finally:
+            await frontend.stop()
+        shares = _accepted(group_steps(frontend.steps, 0.0))
+        assert shares == tuple(round(s / d, 6) for s, d in zip(decode.stood, decode.drafted, strict=True))
+
+    asyncio.run(work())
