@@ -108,11 +108,13 @@ def _bounded(
 
 
 def _shortlist(entries: list[Entry], count: int) -> list[Entry]:
-    """The best bounds, the best of each mode always among them, and at most a few alike in shape.
+    """The best bounds: a quarter each for the best shapes of mixed and of separated plans, and at most a few alike in shape.
 
     Of plans whose shape and bound are the same the limits do not bind: one stands for all.
     """
-    ordered = sorted(entries, key=lambda e: (-e.bound.tok_per_s_per_gpu, e.plan.gpus, e.plan.name))
+    ordered = sorted(
+        entries, key=lambda e: (-e.bound.tok_per_s_per_gpu, e.plan.gpus, e.plan.pools[0].chunk_tokens or 0, e.plan.name)
+    )
     distinct: dict[tuple[object, ...], Entry] = {}
     for entry in ordered:
         chunks = entry.plan.pools[0].chunk_tokens if not entry.plan.separated else None
@@ -122,7 +124,11 @@ def _shortlist(entries: list[Entry], count: int) -> list[Entry]:
     ordered = list(distinct.values())
     chosen: list[Entry] = []
     for separated in (False, True):
-        chosen += [e for e in ordered if e.plan.separated is separated][: max(1, count // 6)]
+        best_of_shape: dict[tuple[object, ...], Entry] = {}
+        for entry in ordered:
+            if entry.plan.separated is separated:
+                best_of_shape.setdefault(_shape_of(entry.plan), entry)
+        chosen += list(best_of_shape.values())[: max(1, count // 4)]
     per_shape: Counter[tuple[object, ...]] = Counter(_shape_of(entry.plan) for entry in chosen)
     for entry in ordered:
         if len(chosen) >= count:
