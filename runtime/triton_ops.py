@@ -127,13 +127,15 @@ class TritonOps(TorchOps):
         return ids, weights
 
     def _logits(self, x_TH: torch.Tensor, router: Router) -> torch.Tensor:
-        """fp32 logits. On a GPU half-precision tokens meet a router of their own format, summed in fp32: checkpoints keep
-        routers in bf16, so that nothing is lost of those."""
+        """fp32 logits, in parts to be summed. On a GPU half-precision tokens meet a router of their own format, summed in
+        fp32: checkpoints keep routers in bf16, so that nothing is lost of those."""
         if x_TH.dtype == torch.float32:
             return F.linear(x_TH, router.weight_EH, router.bias_E)
         narrow = router.narrow_EH if router.narrow_EH is not None else router.weight_EH.to(x_TH.dtype)
         logits = router_logits(x_TH, narrow)
-        return logits if router.bias_E is None else logits + router.bias_E
+        if router.bias_E is not None:
+            logits[0] += router.bias_E
+        return logits
 
     def gated(self, gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
         if limit is None and gate_up.dim() == 2 and gate_up.shape[0]:
@@ -144,9 +146,11 @@ class TritonOps(TorchOps):
                 limit: float | None, out_NH: torch.Tensor | None = None) -> torch.Tensor:
         if not len(x_NH):
             return x_NH
+        # rows of one choice came expert by expert, all of them ours; rows of many chose among all slots of the instance
+        spread = w.slots if slots_NK.shape[1] > 1 and w.slots else None
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
-                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=w.slots or None, out_TH=out_NH)
+                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH)
 
 
 def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,24 +11,31 @@ import triton.language as tl
 
 _FEW_TOKENS = 512
 """Up to here small tiles of our own beat a library's product that is split along its depth and summed afterwards."""
+_DEPTH = 256
+_MAX_PARTS = 8
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
-    """fp32 [T, E]: x weight', summed in fp32; both sides in one half-precision format."""
+    """fp32 [S, T, E], to be summed over S: x weight', the depth cut in S parts so that few tokens keep the device busy.
+
+    Both sides in one half-precision format.
+    """
     tokens, hidden = x_TH.shape
-    if tokens > _FEW_TOKENS:
-        return torch.mm(x_TH, weight_EH.t(), out_dtype=torch.float32)
     experts = weight_EH.shape[0]
+    if tokens > _FEW_TOKENS:
+        return torch.mm(x_TH, weight_EH.t(), out_dtype=torch.float32)[None]
     assert x_TH.is_contiguous() and weight_EH.is_contiguous()
-    out_TE = torch.empty(tokens, experts, dtype=torch.float32, device=x_TH.device)
-    _logits_kernel[(triton.cdiv(experts, 16), triton.cdiv(tokens, 16))](
-        x_TH, weight_EH, out_TE, tokens, experts, hidden, BLOCK=16, BLOCK_K=256, num_warps=4, num_stages=4
+    parts = min(_MAX_PARTS, triton.cdiv(hidden, _DEPTH))
+    each = triton.cdiv(triton.cdiv(hidden, _DEPTH), parts) * _DEPTH
+    out_STE = torch.empty(parts, tokens, experts, dtype=torch.float32, device=x_TH.device)
+    _logits_kernel[(triton.cdiv(experts, 16), triton.cdiv(tokens, 16), parts)](
+        x_TH, weight_EH, out_STE, tokens, experts, hidden, EACH=each, BLOCK=16, BLOCK_K=_DEPTH, num_warps=4, num_stages=4
     )
-    return out_TE
+    return out_STE
 
 
 def gate_topk(
-    logits_TE: torch.Tensor,
+    logits: torch.Tensor,
     k: int,
     *,
     scoring: str = "softmax",
@@ -41,7 +48,7 @@ def gate_topk(
     slots_T: torch.Tensor | None = None,
     load_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights_TK fp32, ids_TK int32), best first; equal scores go to the lower id.
+    """(weights_TK fp32, ids_TK int32) of logits [T, E], or [S, T, E] to be summed; best first, equals to the lower id.
 
     `scoring` "softmax" or "sigmoid" gives each expert's score. `bias_E` is added for choosing only, never to a weight
     (DeepSeek-V3's correction). With `groups` > 1 only the best `topk_groups` groups may be chosen, a group's score being
@@ -50,17 +57,18 @@ def gate_topk(
     `renormalize`. Tokens whose `slots_T` is negative are a graph's padding: their ids are -1. `load_E` int64 is counted up
     by one for every choice.
     """
-    tokens, experts = logits_TE.shape
-    assert experts % groups == 0 and k <= experts and logits_TE.is_contiguous()
+    tokens, experts = logits.shape[-2:]
+    assert experts % groups == 0 and k <= experts and logits.is_contiguous()
     assert scoring in ("softmax", "sigmoid") and group_score in ("top2", "max")
-    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits_TE.device)
-    ids = torch.empty(tokens, k, dtype=torch.int32, device=logits_TE.device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, k, dtype=torch.int32, device=logits.device)
     each = experts // groups
     _gate_kernel[(tokens,)](
-        logits_TE, bias_E if bias_E is not None else logits_TE, weights, ids,
+        logits, bias_E if bias_E is not None else logits, weights, ids,
         slots_T if slots_T is not None else ids, load_E if load_E is not None else ids, experts, scale,
         HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
-        K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
+        PARTS=logits.shape[0] if logits.dim() == 3 else 1, K=k,
+        SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
         TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2",
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), num_warps=1,
     )  # fmt: skip
@@ -68,17 +76,18 @@ def gate_topk(
 
 
 @triton.jit
-def _logits_kernel(x, w, out, tokens, experts, hidden, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+def _logits_kernel(x, w, out, tokens, experts, hidden, EACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
+    part = tl.program_id(2)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        inside = (start + k < hidden)[None, :]
-        a = tl.load(x + token[:, None] * hidden + start + k[None, :], mask=(token < tokens)[:, None] & inside, other=0.0)
-        b = tl.load(w + expert[:, None] * hidden + start + k[None, :], mask=(expert < experts)[:, None] & inside, other=0.0)
+    for start in range(0, EACH, BLOCK_K):
+        k = part * EACH + start + tl.arange(0, BLOCK_K)
+        inside = (k < hidden)[None, :]
+        a = tl.load(x + token[:, None] * hidden + k[None, :], mask=(token < tokens)[:, None] & inside, other=0.0)
+        b = tl.load(w + expert[:, None] * hidden + k[None, :], mask=(expert < experts)[:, None] & inside, other=0.0)
         acc = tl.dot(a, tl.trans(b), acc)
-    place = token[:, None] * experts + expert[None, :]
+    place = (part * tokens + token)[:, None] * experts + expert[None, :]
     tl.store(out + place, acc, mask=(token < tokens)[:, None] & (expert < experts)[None, :])
 
 
@@ -102,7 +111,8 @@ def _allowed_groups(choice, group, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constex
 @triton.jit
 def _gate_kernel(
     logits, bias, weights, ids, slots, load, experts, scale,
-    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -112,6 +122,8 @@ def _gate_kernel(
     expert = group[:, None] * EACH + column[None, :]
     real = (group < GROUPS)[:, None] & (column < EACH)[None, :]
     logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf")).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        logit += tl.load(logits + (part * tl.num_programs(0) + token) * experts + expert, mask=real, other=0.0)
     if SIGMOID:
         score = tl.sigmoid(logit)
     else:

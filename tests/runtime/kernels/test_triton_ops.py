@@ -9,7 +9,7 @@ from kernel_checks import HALF, normal, relative_error
 pytest.importorskip("triton")
 
 from runtime.batch import Segment, make_step
-from runtime.kernels.gate import router_logits
+from runtime.kernels.gate import gate_topk, router_logits
 from runtime.ops import ExpertWeights, Router, TorchOps
 from runtime.quantise import quantise_rows
 from runtime.triton_ops import TritonOps
@@ -81,7 +81,10 @@ def test_router_logits_are_summed_in_fp32(device: torch.device, rng: torch.Gener
     if tokens > 512 and device.type == "cpu":
         pytest.skip("torch has no half product with fp32 output on a CPU")
     x, weight = normal(rng, tokens, 600, dtype=HALF).to(device), normal(rng, 24, 600, dtype=HALF).to(device)
-    assert relative_error(router_logits(x, weight), x.double() @ weight.double().T) < 1e-5
+    logits = router_logits(x, weight)
+    split, whole = gate_topk(logits, 4), gate_topk(logits.sum(0), 4)
+    assert torch.equal(split[1], whole[1]) and torch.allclose(split[0], whole[0], atol=1e-5)
+    assert relative_error(router_logits(x, weight).sum(0), x.double() @ weight.double().T) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 60])
