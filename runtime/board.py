@@ -8,7 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-PHASES = ("start", "load", "capture", "reform", "idle", "schedule", "wait", "embed", "attention", "dense_ffn", "gate",
+PHASES = ("start", "load", "capture", "reform", "idle", "schedule", "wait", "graph", "embed", "attention", "dense_ffn", "gate",
           "dispatch", "experts", "combine", "shared_experts", "head", "sample", "draft", "book", "migrate", "done")
 _CODE = {name: code for code, name in enumerate(PHASES)}
 _ROW = struct.Struct("<III")  # phase, beats, faults fired

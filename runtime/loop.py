@@ -1,8 +1,8 @@
 """The loop of one rank: hear the front end, agree on a round with the other ranks of the instance, take a step.
 
 The ranks of an instance step together because experts belong to all of them: a rank without work runs an empty batch.
-A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens, told to stop]; when nobody has
-work everyone goes to sleep on the control channel, and when anybody was told to stop everyone leaves, so that nobody
+A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens, told to stop, drafting passes]; when
+nobody has work everyone goes to sleep on the control channel, and when anybody was told to stop everyone leaves, so that nobody
 waits for a rank that is gone. Every wake-up is a rising number that reaches every rank, one of them with work. Ranks
 sleep only once all have heard the same number: one that is behind may have work on its way that the others would sleep
 through. A number heard late, after its work was done, wakes nobody.
@@ -11,18 +11,16 @@ through. A number heard late, after its work was done, wakes nobody.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from runtime.batch import Segment, halve, logit_rows, make_step
-from runtime.board import Board
+from runtime.clock import Clock
 from runtime.comm.group import PeerLost
 from runtime.control import Control, Message
-from runtime.faults import Injector
 from runtime.rank import Rank
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
@@ -31,53 +29,6 @@ from twin.policy.batching import BatchScheduler
 from twin.policy.kv_blocks import BlockManager
 from twin.policy.steps import BatchLimits, StepPlan
 from twin.spec.errors import SpecError
-
-
-class Clock:
-    """Seconds by phase; `mark` ends one phase and begins the next, and notes it on the board."""
-
-    def __init__(self, board: Board | None, rank: int, faults: Injector | None = None) -> None:
-        self._board, self._rank, self._faults = board, rank, faults
-        self._phase, self._since = "start", time.monotonic()
-        self._inside = False
-        self._parts: dict[str, float] = {}
-
-    def mark(self, phase: str) -> None:
-        if self._inside:
-            return
-        now = time.monotonic()
-        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
-        self._phase, self._since = phase, now
-        if self._board is not None:
-            self._board.mark(self._rank, phase)
-        self.point(phase)
-
-    def point(self, name: str) -> None:
-        """Come to a point at which a fault may be armed."""
-        if self._faults is not None:
-            self._faults.at(name)
-
-    @property
-    def phase(self) -> str:
-        return self._phase
-
-    @contextmanager
-    def within(self, phase: str) -> Iterator[None]:
-        """All time inside belongs to this phase, whatever marks are set there."""
-        self.mark(phase)
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside = False
-
-    def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        now = time.monotonic()
-        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
-        self._since = now
-        parts, self._parts = self._parts, {}
-        return parts
 
 
 class Reformed(Exception):
@@ -212,6 +163,7 @@ class StepLoop:
         tokens, where somebody needs them."""
         rank, pool, model = self.rank, self.rank.pool, self.rank.transformer
         if rank.decode is not None and rank.decode.fits(segments):
+            self.clock.mark("graph")
             drawn = rank.decode.run(segments)
             return drawn.logits, drawn.tokens, drawn.states
         overlaps = pool.tbo and agreed.tokens >= pool.tbo_min_tokens
@@ -219,7 +171,7 @@ class StepLoop:
         with torch.inference_mode():
             if not overlaps and rank.mtp is None:
                 return model.forward(steps[0], rank.kv, agreed.capacity), None, None
-            states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) + 1 if overlaps else agreed.capacity)
+            states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) if overlaps else agreed.capacity)
             return model.head(states[logit_rows(steps)]), None, states
 
     def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:

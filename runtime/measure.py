@@ -24,8 +24,7 @@ from twin.spec.workload import WorkloadSpec
 Record = dict[str, Any]
 PARTS = {"embed": "embedding", "attention": "attention", "dense_ffn": "ffn/dense", "gate": "moe/gate", "dispatch": "moe/dispatch",
          "experts": "moe/experts", "combine": "moe/combine", "shared_experts": "moe/shared", "head": "head", "sample": "sampling",
-         "draft": "mtp/draft",
-         "schedule": "host/schedule", "book": "host/book", "wait": "host/wait"}
+         "draft": "mtp/draft", "graph": "step/graph", "schedule": "host/schedule", "book": "host/book", "wait": "host/wait"}
 """The phases that ranks time, by the names of the cost model's parts."""
 _MAX_TRACE = 20_000
 _SERIES_POINTS = 240

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 
 from runtime.board import Board
+from runtime.clock import Clock, DeviceClock
 from runtime.comm.group import PeerLost, guarded, leave_groups
 from runtime.control import Control, Message
 from runtime.faults import Injector, parse
-from runtime.loop import Clock, Reformed, StepLoop
+from runtime.loop import Reformed, StepLoop
 from runtime.options import Briefing
 from runtime.rank import Rank, build_rank, expert_load
 from runtime.weights import Kept
@@ -43,7 +44,8 @@ def main() -> None:
     board = Board(briefing.board)
     control = Control(briefing.control, seat, board)
     control.formation = briefing.formation
-    worker = Worker(briefing, control, Clock(board, seat, Injector(parse(briefing.options.faults), seat, board)))
+    clock = (DeviceClock if briefing.options.device == "cuda" and briefing.options.record else Clock)
+    worker = Worker(briefing, control, clock(board, seat, Injector(parse(briefing.options.faults), seat, board)))
     code = 0
     try:
         worker.serve(Place(briefing.formation, briefing.plan, rank, world))

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from runtime import loop
 from runtime.batch import Segment, halve, make_step
-from runtime.loop import Clock, StepLoop
+from runtime.clock import Clock
+from runtime.loop import StepLoop
 from runtime.options import EngineOptions
 from runtime.rank import build_rank
 from runtime.sampling import sample, uniform

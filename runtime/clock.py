@@ -1,0 +1,103 @@
+"""Where a rank's time goes, by phase of the step; the board shows the phase to others."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from runtime.board import Board
+from runtime.faults import Injector
+
+ON_DEVICE = frozenset({"embed", "attention", "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts", "head",
+                       "draft", "graph"})
+"""Phases whose work a GPU does while the host is elsewhere."""
+
+
+class Clock:
+    """Seconds by phase; `mark` ends one phase and begins the next, and notes it on the board."""
+
+    def __init__(self, board: Board | None, rank: int, faults: Injector | None = None) -> None:
+        self._board, self._rank, self._faults = board, rank, faults
+        self._phase, self._since = "start", time.monotonic()
+        self._inside = False
+        self._parts: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        if self._inside:
+            return
+        now = time.monotonic()
+        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        if self._board is not None:
+            self._board.mark(self._rank, phase)
+        self.point(phase)
+
+    def point(self, name: str) -> None:
+        """Come to a point at which a fault may be armed."""
+        if self._faults is not None:
+            self._faults.at(name)
+
+    @property
+    def phase(self) -> str:
+        return self._phase
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """All time inside belongs to this phase, whatever marks are set there."""
+        self.mark(phase)
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        now = time.monotonic()
+        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        parts, self._parts = self._parts, {}
+        return parts
+
+
+class DeviceClock(Clock):
+    """Times what the device does, by events between the phases' work; nobody waits for the device to read them.
+
+    A phase on the device counts the device's seconds. Of the host's seconds in these phases and in `sample`, where it waits
+    for the device, those that the device did not need count as `sample`. Work that is not done when a step's times are
+    taken counts in the next step.
+    """
+
+    def __init__(self, board: Board | None, rank: int, faults: Injector | None = None,
+                 make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True)) -> None:
+        super().__init__(board, rank, faults)
+        self._make_event = make_event
+        self._spare: list[Any] = []
+        self._marks: deque[tuple[str, Any]] = deque()
+        self._serves = self._timing = False  # marks while graphs are captured are not times
+
+    def mark(self, phase: str) -> None:
+        if self._inside:
+            return
+        super().mark(phase)
+        self._serves |= phase == "idle"
+        if self._serves and (self._timing or phase in ON_DEVICE):
+            event = self._spare.pop() if self._spare else self._make_event()
+            event.record()
+            self._marks.append((phase, event))
+            self._timing = phase in ON_DEVICE
+
+    def take(self) -> dict[str, float]:
+        parts, device = super().take(), dict[str, float]()
+        while len(self._marks) > 1 and self._marks[1][1].query():
+            phase, event = self._marks.popleft()
+            self._spare.append(event)
+            if phase in ON_DEVICE:
+                device[phase] = device.get(phase, 0.0) + event.elapsed_time(self._marks[0][1]) / 1e3
+        host_s = sum(parts.pop(phase, 0.0) for phase in ON_DEVICE) + parts.pop("sample", 0.0)
+        return {**parts, **device, "sample": max(0.0, host_s - sum(device.values()))} if host_s or device else parts

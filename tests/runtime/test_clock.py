@@ -1,0 +1,99 @@
+"""Seconds by phase, on the host and on a device that runs behind it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from runtime.board import PHASES
+from runtime.clock import ON_DEVICE, Clock, DeviceClock
+from runtime.measure import PARTS
+
+
+@dataclass
+class Device:
+    """Work queued takes its time one after another; `done_s` is how far the device has come."""
+
+    queued_s: float = 0.0
+    done_s: float = 0.0
+    made: int = 0
+
+    def work(self, seconds: float) -> None:
+        self.queued_s += seconds
+
+    def event(self) -> Event:
+        self.made += 1
+        return Event(self)
+
+
+@dataclass
+class Event:
+    device: Device
+    at_s: float = field(default=-1.0)
+
+    def record(self) -> None:
+        self.at_s = self.device.queued_s
+
+    def query(self) -> bool:
+        return self.at_s <= self.device.done_s
+
+    def elapsed_time(self, later: Event) -> float:
+        assert self.query()
+        assert later.query(), "asking would wait for the device"
+        return (later.at_s - self.at_s) * 1e3
+
+
+def test_the_devices_seconds_count_where_its_work_was_queued() -> None:
+    device = Device()
+    clock = DeviceClock(None, 0, make_event=device.event)
+    clock.mark("attention")
+    device.work(5.0)  # before it serves: warm-up, capture
+    clock.mark("idle")
+    clock.take()
+    for step in range(3):
+        clock.mark("schedule")
+        clock.mark("attention")
+        device.work(1.0)
+        with clock.within("experts"):
+            clock.mark("gate")
+            device.work(2.0)
+        clock.mark("attention")
+        device.work(0.5)
+        clock.mark("sample")
+        device.done_s = device.queued_s
+        time.sleep(0.01)
+        clock.mark("draft")
+        device.work(4.0)
+        parts = clock.take()
+        assert parts["attention"] == pytest.approx(1.5)
+        assert parts["experts"] == pytest.approx(2.0)
+        assert "gate" not in parts
+        assert parts.get("draft", 0.0) == pytest.approx(4.0 if step else 0.0), "what is not done yet counts in the next step"
+        assert parts["sample"] == 0.0, "the host did not wait longer than the device worked"
+        clock.mark("book")
+    assert device.made < 12, "events are used again"
+
+
+def test_parts_make_the_whole() -> None:
+    device = Device()
+    for clock in (Clock(None, 0), DeviceClock(None, 0, make_event=device.event)):
+        clock.mark("idle")
+        clock.take()
+        began = time.monotonic()
+        for phase in ("schedule", "attention", "experts", "sample", "book"):
+            clock.mark(phase)
+            device.work(0.001)
+            time.sleep(0.004)
+            device.done_s = device.queued_s
+        parts = clock.take()
+        assert sum(parts.values()) == pytest.approx(time.monotonic() - began, abs=2e-3)
+        assert parts["book"] >= 0.004
+
+
+def test_every_phase_of_a_step_has_a_name_in_results() -> None:
+    assert set(PHASES) >= ON_DEVICE
+    assert set(PARTS) >= ON_DEVICE
+    outside = {"start", "load", "capture", "reform", "idle", "migrate", "done"}
+    assert set(PHASES) - outside == set(PARTS)
