@@ -19,6 +19,7 @@ import torch
 
 from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.clock import Clock
+from runtime.comm.experts import check_peers
 from runtime.comm.group import PeerLost
 from runtime.control import Control, Message
 from runtime.rank import Rank
@@ -125,6 +126,7 @@ class StepLoop:
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
             found = verify(segments, owners, logits, greedy)
+            check_peers(self.rank.experts)  # now that the device is done: nobody gets tokens made without a peer
             taken = self._desk.take(segments, owners, found)
         if self._drafter is not None and states is not None:
             self._drafter.follow(segments, owners, states, agreed.capacity)

@@ -88,8 +88,11 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     at = everyone[rank]
     pool = plan.pools[at.pool]
     device = torch.device("cuda", rank % torch.cuda.device_count()) if options.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # chosen by index, not by hiding the others: peers address one another's memory
     groups = _groups(everyone, at, options)
-    experts = make_expert_comm(pool.comm, groups.instance, at)
+    experts = make_expert_comm(pool.comm, groups.instance, at, device=options.device,
+                               fp8=plan.precision.dispatch == "fp8", timeout_s=options.patience_s)
     placement, mtp = place(model, pool), uses_mtp(plan, model)
     cached = with_mtp(model) if mtp else model
     dtype = DTYPES[options.dtype]
@@ -137,7 +140,9 @@ def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:
 def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions) -> Groups:
     """Make every group of the world, in one order, and keep this rank's."""
     mine: dict[tuple[str, int], Group] = {}
-    backend = "nccl" if options.device == "cuda" else "gloo"
+    # NCCL refuses two ranks on one GPU; gloo carries what symmetric memory does not (see docs/ep.md on sharing a GPU)
+    own_gpu = options.device == "cuda" and torch.cuda.device_count() >= len(everyone)
+    backend = "nccl" if own_gpu else "gloo"
 
     def groups_of(kind: str, ranks_of: Callable[[RankLayout], list[int]], how: str) -> Group:
         for ranks in sorted({tuple(ranks_of(one)) for one in everyone}):

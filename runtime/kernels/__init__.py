@@ -11,6 +11,7 @@
     fused.py          norm, activation, quantisation
     rope.py           rotary embedding, query-key norm and the write into the paged cache
     gate.py           the router: scores, groups, top-k
+    symm.py           dispatch, combine and barrier through peers' memory
     sampling.py       the next token
 
 Every function takes and returns torch tensors, launches on the current stream, never reads a value back to the host

@@ -9,9 +9,10 @@ import pytest
 import torch
 from runtime_worlds import fork_world
 
-from runtime.comm.experts import make_expert_comm
-from runtime.comm.group import make_group
+from runtime.comm.experts import AllToAll, make_expert_comm
+from runtime.comm.group import Group, make_group
 from runtime.layout import RankLayout
+from twin.spec.errors import SpecError
 
 HIDDEN, CHOICES, SLOTS = 8, 3, 8
 COUNTS = {"even": [5, 5, 5, 5], "one token": [0, 1, 0, 0], "none": [0, 0, 0, 0], "uneven": [7, 0, 13, 2]}
@@ -82,3 +83,10 @@ def transform(x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, at: R
 def test_every_token_meets_its_experts_once(tmp_path: Path, ep: int, backend: str) -> None:
     for rank, wrong in enumerate(fork_world(4, tmp_path, exchange, ep, backend)):
         assert not wrong, f"rank {rank}: {wrong}"
+
+
+def test_symmetric_memory_is_refused_where_there_is_no_gpu() -> None:
+    at = RankLayout(0, 0, "mixed", 0, 0, 2, 1, 2, 0, 0, SLOTS)
+    with pytest.raises(SpecError, match="needs CUDA devices"):
+        make_expert_comm("symm", Group(None, (0, 1), 0), at)
+    assert isinstance(make_expert_comm("auto", Group(None, (0, 1), 0), at), AllToAll)

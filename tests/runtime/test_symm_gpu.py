@@ -74,17 +74,17 @@ def graphs(model: ModelSpec, at: RankLayout, group: Group) -> str:
 
     built = build(model, at, group, "triton", torch.bfloat16)
     first = prompts(at.rank)
-    segments = following(first, step(built, first).argmax(-1).tolist())
+    drawn_first = step(built, first).argmax(-1).tolist()
     outputs = []
     for captured in (False, True):
         runner = DecodeRunner(*built, BLOCK, most=2, max_context=32, sizes=[2])
         if captured:
             runner.capture()
-        drawn = runner.run(segments)
-        steps = [(drawn.tokens.tolist(), drawn.logits.clone())]
+        steps, segments = [], following(first, drawn_first)
         for _ in range(NEW_TOKENS):
-            drawn = runner.again(len(segments))
+            drawn = runner.run(segments)
             steps.append((drawn.tokens.tolist(), drawn.logits.clone()))
+            segments = following(segments, steps[-1][0])
         outputs.append(steps)
     check_peers(built[0].rig.experts)
     for n, (eager, replayed) in enumerate(zip(*outputs, strict=True)):
