@@ -7,7 +7,7 @@ docs/accuracy.md); everything else of an engine is in `engines.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from twin.spec.cluster import GpuSpec
 
@@ -21,5 +21,17 @@ def generation(gpu: GpuSpec) -> Generation:
     return "hopper" if gpu.fp8_flop_per_s else "other"
 
 
-FITS: Mapping[tuple[str, Generation], Mapping[str, Any]] = {
+FITS: Mapping[tuple[str, Generation], Mapping[str, float]] = {
+    ("sglang", "blackwell"): {"graph_launch_s": 2.12e-06, "step_host_s": 0.000441, "eager_launch_s": 6.14e-06,
+                              "frontend_s": 0.0227, "prefill_slowdown": 1.75, "products_scale": 0.895,
+                              "attention_scale": 0.953, "collectives_scale": 1.21},
+    ("sglang", "hopper"): {"graph_launch_s": 2.27e-06, "step_host_s": 0.000772, "eager_launch_s": 8.43e-05,
+                           "frontend_s": 0.0257, "prefill_slowdown": 1.28, "products_scale": 0.892, "attention_scale": 1.22},
+    ("vllm", "blackwell"): {"graph_launch_s": 2.11e-06, "step_host_s": 0.000937, "eager_launch_s": 2.01e-05,
+                            "frontend_s": 0.033, "prefill_slowdown": 1.45, "products_scale": 0.965, "collectives_scale": 1.06},
+    ("vllm", "hopper"): {"graph_launch_s": 1.87e-06, "step_host_s": 0.000687, "prefill_slowdown": 1.06, "experts_scale": 0.953},
+    ("trtllm", "blackwell"): {"graph_launch_s": 1.59e-06, "step_host_s": 0.000322, "eager_launch_s": 4e-05,
+                              "frontend_s": 0.0165, "prefill_slowdown": 1.13, "products_scale": 0.799, "experts_scale": 1.16},
+    ("trtllm", "hopper"): {"graph_launch_s": 1.32e-06, "step_host_s": 0.000466, "eager_launch_s": 7.1e-05,
+                           "prefill_slowdown": 1.13, "products_scale": 0.83, "attention_scale": 1.11, "experts_scale": 0.859},
 }

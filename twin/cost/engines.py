@@ -31,6 +31,7 @@ class Engine:
     the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
     arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
     latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
+    frontend_s: what a request spends outside any step until its first token leaves (HTTP, tokenizer, queues);
     prefill_slowdown: device time of a step with prompts over the sum of its operators; *_scale: what dense products, attention,
     experts and collectives take in the engine over what their profile says (other versions, inputs quantised elsewhere).
     """
@@ -56,6 +57,7 @@ class Engine:
     mla_prefill: Literal["kernel", "module"]
     source: Source = "assumed"
     note: str = ""
+    frontend_s: float = 0.02
     prefill_slowdown: float = 1.0
     products_scale: float = 1.0
     attention_scale: float = 1.0
@@ -107,4 +109,4 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
     if name not in ENGINES:
         raise SpecError(f"unknown engine {name[:40]!r}", field="plan.engine", expected=", ".join(ENGINES))
     fitted = FITS.get((name, generation(gpu)), {}) if gpu is not None else {}
-    return replace(ENGINES[name], **fitted)
+    return replace(ENGINES[name], **fitted)  # type: ignore[arg-type]

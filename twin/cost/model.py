@@ -32,6 +32,7 @@ from twin.spec.results import Memory
 from twin.spec.scenario import Routing
 
 _CPU_RESERVED_BYTES = 300e6
+_INTRICATE = 3  # times the small kernels of a plain attention block
 _UNMEASURED: dict[str, Source] = {"host": "assumed", "engine": "calibrated"}
 _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
 
@@ -226,6 +227,15 @@ class CostModel:
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
         return np.where(prompts, engine.prefill_slowdown, 1.0)
 
+    @property
+    def _helper_launches(self) -> float:
+        """Small kernels of a pass that the table folds into others. Latent and linear attention split, join, copy and quantise
+        several times what plain attention does."""
+        plain = self.model.attention.kind == "gqa"
+        linear = self.model.layer_attention.count("linear")
+        layers = (self.model.layers - linear) * (1 if plain else _INTRICATE) + linear * _INTRICATE
+        return float(self.site.engine.helper_launches * layers)
+
     def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""
         if self.site.gpu.kind == "cpu":
@@ -235,7 +245,7 @@ class CostModel:
         if covered.all():
             return np.zeros(len(x))
         engine = self.site.engine
-        launches = (self._stack.launches(x) + engine.helper_launches * self.model.layers) * (1 + tbo)
+        launches = (self._stack.launches(x) + self._helper_launches) * (1 + tbo)
         eager_s = np.maximum(launches * engine.eager_launch_s - device_s, 0.0)
         return np.asarray(np.where(covered, 0.0, eager_s))
 

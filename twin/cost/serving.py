@@ -20,14 +20,12 @@ class Serving:
     budget_tokens: tokens of a step (for an engine that does not mix: prompt tokens of a prefill step).
     poll_steps: decode steps between two looks for new requests (1: every step).
     balance_steps: with attention DP, steps that a prompt waits for the other ranks to have one too.
-    frontend_s: what a request spends outside any step until its first token leaves (HTTP, tokenizer, queues).
     """
 
     mixed: bool
     chunks: bool
     budget_tokens: int
     poll_steps: int
-    frontend_s: float
     balance_steps: int = 0
 
 
@@ -43,9 +41,9 @@ def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving
     fast = generation(gpu) == "blackwell"
     if engine == "sglang":
         poll = (30 if concurrency >= 16 else 10) if fast else 1
-        return Serving(False, True, 16384 if fast else 8192, poll, 0.030)
+        return Serving(False, True, 16384 if fast else 8192, poll)
     if engine == "trtllm":
-        return Serving(True, False, max(8192, isl + concurrency + 128), 1, 0.020, balance_steps=60)
+        return Serving(True, False, max(8192, isl + concurrency + 128), 1, balance_steps=60)
     if engine == "vllm":
-        return Serving(True, True, 8192, 1, 0.020)
-    return Serving(True, True, 8192, 1, 0.005)
+        return Serving(True, True, 8192, 1)
+    return Serving(True, True, 8192, 1)

@@ -8,9 +8,10 @@ from functools import lru_cache
 import numpy as np
 
 from twin.cost.batch import StepBatch
+from twin.cost.engines import Engine
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
-from twin.cost.serving import Serving, serving_of
+from twin.cost.serving import serving_of
 from twin.policy.arrivals import named_stream
 from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import Infeasible
@@ -51,16 +52,19 @@ class Answers:
         self.seed, self.profile = seed, profile
         self._costs: dict[str, CostModel] = {}
 
-    def costs_of(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan) -> CostModel:
+    def costs_of(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan,
+                 engine: Engine | None = None) -> CostModel:
+        """The cost model of a pool; `engine` replaces the plan's own."""
         key = "|".join((model.name, cluster.name, plan.engine, plan.engine_version or "", plan.precision.model_dump_json(),
                         pool.model_dump_json()))
         if key not in self._costs:
-            self._costs[key] = CostModel(model, cluster, plan, pool, profile=self.profile or _shipped(), seed=self.seed)
+            self._costs[key] = CostModel(model, cluster, plan, pool, profile=self.profile or _shipped(), seed=self.seed,
+                                         engine=engine)
         return self._costs[key]
 
     def answer(self, question: Question) -> Answer:
         """Predict one row. Raises SpecError where the cost model refuses the plan."""
-        isl, osl = _means(question)
+        isl, osl = means_of(question)
         notes: list[str] = []
         entry: list[Worker] = []
         decode: list[Worker] = []
@@ -72,27 +76,30 @@ class Answers:
             costs.append(model)
             seqs = -(-question.concurrency // (pool.dp * pool.instances)) + (8 if pool.instances > 1 else 0)
             times = StepTimes(model, seqs, isl + osl, serving.budget_tokens, float(isl))
-            workers = [Worker(times, serving, pool.role, _room(model, notes)) for _ in range(pool.instances)]
+            workers = [Worker(times, serving, pool.role, room_of(model, notes)) for _ in range(pool.instances)]
             (decode if pool.role == "decode" else entry).extend(workers)
-        loop = self._loop(question, entry, decode, serving, costs)
+        loop = self._loop(question, entry, decode, costs)
         return _answer(question, loop, costs[-1], notes)
 
-    def _loop(self, question: Question, entry: list[Worker], decode: list[Worker], serving: Serving,
-              costs: list[CostModel]) -> Loop:
+    def lengths(self, question: Question, waves: int) -> list[tuple[int, int]]:
+        """Prompt and output tokens of the requests of so many waves; the same for the same seed."""
         stream = named_stream(self.seed, "lengths")
-        simulated = 4 if question.concurrency * 4 <= _MOST_REQUESTS else 3
-        count = simulated * question.concurrency
+        count = waves * question.concurrency
         isl = _draw(question.workload.isl, stream, count)
-        osl = _draw(question.workload.osl, stream, count)
+        return list(zip(isl, _draw(question.workload.osl, stream, count), strict=True))
+
+    def _loop(self, question: Question, entry: list[Worker], decode: list[Worker], costs: list[CostModel]) -> Loop:
+        simulated = 4 if question.concurrency * 4 <= _MOST_REQUESTS else 3
+        lengths = self.lengths(question, simulated)
 
         def handover_s(tokens: int) -> float:
             return costs[0].kv_transfer_bytes(tokens) / 40e9 + 5e-3 if decode else 0.0
 
-        return run_loop(entry, decode, question.concurrency, lambda i: (isl[i], osl[i]), frontend_s=serving.frontend_s,
-                        handover_s=handover_s, waves=question.waves, simulated=simulated)
+        return run_loop(entry, decode, question.concurrency, lengths.__getitem__, handover_s=handover_s,
+                        frontend_s=costs[0].site.engine.frontend_s, waves=question.waves, simulated=simulated)
 
 
-def _room(costs: CostModel, notes: list[str]) -> float:
+def room_of(costs: CostModel, notes: list[str]) -> float:
     """KV tokens that a rank holds; without a bound where the deployment ran though our memory model says it does not fit."""
     try:
         return float(costs.memory().kv_tokens)
@@ -101,7 +108,7 @@ def _room(costs: CostModel, notes: list[str]) -> float:
         return float("inf")
 
 
-def _means(question: Question) -> tuple[int, int]:
+def means_of(question: Question) -> tuple[int, int]:
     """Mean prompt and output tokens."""
     return _mean(question.workload.isl), _mean(question.workload.osl)
 
@@ -122,7 +129,7 @@ def _draw(lengths: Lengths | None, stream: np.random.Generator, count: int) -> l
 
 
 def _answer(question: Question, loop: Loop, costs: CostModel, notes: list[str]) -> Answer:
-    isl, osl = _means(question)
+    isl, osl = means_of(question)
     pool = costs.pool
     seqs = max(1.0, question.concurrency / (pool.dp * pool.instances))
     step = costs.step(StepBatch.decode([seqs], [seqs * (isl + osl / 2)]))

@@ -7,6 +7,7 @@ for row in read_rows(Path("silicon.csv")):
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -37,6 +38,9 @@ SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "
                            "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200-nvl72", "gb200_sxm": "gb200-nvl72",
                            "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
 _WAVES = 10  # requests of each user that InferenceX counts, and what we take where a test does not say
+# How much before the nominal length outputs end in tests of fixed lengths: users stay mostly in step with each other, but not
+# quite. Chosen on the fit half.
+_STOP_EARLY = {"vllm": 0.1, "trtllm": 0.04}
 _WARM_SHAPES = {(1024, 1024), (1024, 8192), (8192, 1024)}  # lengths of InferenceX, which draws them from 0.8 to 1.0 of these
 
 
@@ -95,6 +99,12 @@ class Unanswered:
     row: Row
     reason: str
     mistake: bool = False
+
+
+def in_fit_half(row: Row, seed: int = 0) -> bool:
+    """Whether a row's configuration belongs to the half that constants may be fitted on: by a hash of both, so that all
+    rows of a configuration (and no others) are on one side, whatever the order and the rest of the file."""
+    return hashlib.sha256(f"{seed}|{row.configuration}".encode()).digest()[0] % 2 == 0
 
 
 def model_key(path: str) -> str:
@@ -237,15 +247,14 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
     isl, osl = row.count("isl"), row.count("osl")
     drawn = (isl, osl) in _WARM_SHAPES and "auto-gap-analysis" not in row.texts["silicon_data_source"]
     workload = WorkloadSpec(name=row.name[:200], arrivals=Arrivals(kind="closed_loop", concurrency=concurrency),
-                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, 0.05), requests=10 * concurrency)
+                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, _STOP_EARLY.get(engine, 0.0)), requests=10 * concurrency)
     numbers = row.numbers
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
                     numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES)
 
 
 def _lengths(nominal: int, drawn: bool, stop_early: float = 0.0) -> Lengths:
-    """InferenceX draws lengths uniformly from 0.8 to 1.0 of the nominal. Other tests fix them; of those, outputs end up to
-    `stop_early` before (chosen on the fit half: users stay mostly in step with each other, but not quite)."""
+    """InferenceX draws lengths uniformly from 0.8 to 1.0 of the nominal. Other tests fix them, up to `stop_early`."""
     least = 0.8 if drawn else 1.0 - stop_early
     return Lengths(kind="uniform", low=max(1, int(least * nominal)), high=nominal)
 

@@ -30,21 +30,29 @@ class StepTimes:
         self._memo: dict[tuple[float, ...], float] = {}
         if self.dp == 1:
             self._contexts = np.linspace(1.0, float(context), _CONTEXTS)
-            n = np.arange(1, seqs + 1, dtype=float)
-            grid = costs.decode_s(np.repeat(n, _CONTEXTS), (n[:, None] * self._contexts[None, :]).ravel())
-            self._decode = grid.reshape(seqs, _CONTEXTS).tolist()
             self._spacing = (float(context) - 1.0) / (_CONTEXTS - 1)
-            self._mixed_table(seqs, context, budget)
+            mixed = self.mixed_grid(seqs, context, budget)
+            self.fill(costs.decode_s(*self.decode_grid(seqs)), costs.steps_s(mixed))
 
-    def _mixed_table(self, seqs: int, context: int, budget: int) -> None:
+    def decode_grid(self, seqs: int) -> tuple[Array, Array]:
+        """Sequences and contexts of the table of decode steps, flat."""
+        n = np.arange(1, seqs + 1, dtype=float)
+        return np.repeat(n, _CONTEXTS), (n[:, None] * self._contexts[None, :]).ravel()
+
+    def mixed_grid(self, seqs: int, context: int, budget: int) -> StepBatch:
+        """Steps of the table of steps with prompts, flat."""
         tokens = np.geomspace(16.0, max(float(budget), 32.0), _TOKENS)
         n = np.unique(np.concatenate([[0.0], np.geomspace(1.0, max(seqs, 2), _SEQS - 1)]))
         depth = np.linspace(0.0, float(context), _DEPTHS)
+        self._log_tokens, self._n, self._depth = np.log(tokens).tolist(), n.tolist(), depth.tolist()
         t, s, z = (a.ravel() for a in np.meshgrid(tokens, n, depth, indexing="ij"))
         rows = [a[:, None] for a in (s, s * context * 0.75, t, t * z, np.ceil(t / self.chunk))]
-        seconds = self.costs.steps_s(StepBatch(*rows)).reshape(len(tokens), len(n), len(depth))
-        self._log_tokens, self._n, self._depth = np.log(tokens).tolist(), n.tolist(), depth.tolist()
-        self._mixed = seconds.tolist()
+        return StepBatch(*rows)
+
+    def fill(self, decode_s: Array, mixed_s: Array) -> None:
+        """Fill both tables with seconds over their grids."""
+        self._decode = decode_s.reshape(-1, _CONTEXTS).tolist()
+        self._mixed = mixed_s.reshape(len(self._log_tokens), len(self._n), len(self._depth)).tolist()
 
     # --- one rank
     def decode_s(self, n: int, context: float) -> float:
