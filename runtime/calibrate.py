@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ def calibrate(model: ModelSpec, plan: Plan, options: EngineOptions | None = None
     began = time.monotonic()
     steps = asyncio.run(_measure_steps(model, plan, options, budget_s, progress))
     progress(f"operators ({time.monotonic() - began:.0f} s so far)")
+    if options.device == "cuda":
+        return Calibration(_gpu_profile(budget_s, progress), steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads_for(plan.gpus))
     try:
@@ -80,6 +84,13 @@ def calibrate(model: ModelSpec, plan: Plan, options: EngineOptions | None = None
     finally:
         torch.set_num_threads(threads)
     return Calibration(profile, steps)
+
+
+def _gpu_profile(budget_s: float, progress: Progress) -> Json:
+    """The GPU's operators, on the grid that serves every model; `python -m runtime.gpu_operators` keeps what it found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found: Json = import_module("runtime.gpu_operators").measure(Path(scratch) / "profile.json", budget_s, progress)
+    return found
 
 
 async def _measure_steps(model: ModelSpec, plan: Plan, options: EngineOptions, budget_s: float, progress: Progress) -> Json:

@@ -73,14 +73,14 @@ def grids() -> list[Grid]:
     prefill = {"batch": (1, 2, 4, 8), "new_tokens": (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)}
     stored: Callable[[dict[str, int]], float] = lambda v: v["batch"] * v["context"] / 3e6  # noqa: E731
     asked: Callable[[dict[str, int]], float] = lambda v: v["batch"] * v["new_tokens"] / 33000  # noqa: E731
+    wanted: Callable[[dict[str, int]], float] = lambda v: v["m"] / 512 if (v["n"], v["k"]) in _HEADS else 0.0  # noqa: E731
     sent: Callable[[dict[str, int]], float] = lambda v: v["tokens"] * v["top_k"] / v["moe_ep"] / 140000  # noqa: E731
     def experts(distribution: str, dtype: str) -> Grid:
         attrs = {"dtype": dtype, "layout": "fused", "distribution": distribution, "gated": "yes"}
         return Grid("moe", attrs, _MOE, tuple(moe), {"tokens": _TOKENS}, sent)
 
     return [
-        Grid("gemm", bf16, ("n", "k"), _PRODUCTS, {"m": _ROWS}),
-        Grid("gemm", bf16, ("n", "k"), _HEADS, {"m": _ROWS[:10]}),
+        Grid("gemm", bf16, ("n", "k"), (*_PRODUCTS, *_HEADS), {"m": _ROWS}, wanted),
         Grid("attention_decode", kv, _GQA, heads, decode, stored),
         Grid("attention_prefill", kv, _GQA, heads[:3], prefill, asked),
         experts("balanced", "bf16"),

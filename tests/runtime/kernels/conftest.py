@@ -31,9 +31,11 @@ _INTERPRETER_NOISE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Warnings are errors; the interpreter's own are not ours."""
+    """Warnings are errors; the interpreter's own are not ours. Where there is a GPU, these are tests of the GPU."""
     here = str(Path(__file__).parent)
     for item in items:
         if str(item.path).startswith(here):
+            if torch.cuda.is_available():
+                item.add_marker(pytest.mark.gpu)
             for noise in _INTERPRETER_NOISE:
                 item.add_marker(pytest.mark.filterwarnings(noise))

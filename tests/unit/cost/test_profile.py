@@ -99,13 +99,16 @@ def test_shipped_profiles_are_small_credited_and_load() -> None:
     assert max(sizes) < 1_000_000
     assert sum(sizes) < 4_000_000
     store = load_store()
-    assert {(p.gpu, p.engine) for p in store} == {(g, e) for g in ("h100", "h200", "b200") for e in ("vllm", "sglang", "trtllm")}
+    imported = {(g, e) for g in ("h100", "h200", "b200") for e in ("vllm", "sglang", "trtllm")}
+    assert {(p.gpu, p.engine) for p in store} == imported | {("h200", "eptwin")}
     for shipped in store:
+        assert {t.operator for t in shipped.tables} <= set(OPERATORS)
+        assert all(t.spread is not None for t in shipped.tables if t.n_points > 50)
+        if shipped.engine == "eptwin":  # our own measurements owe nobody credit, and one GPU measures no collective
+            continue
         assert {s.license for s in shipped.sources} == {"Apache-2.0"}
         assert all(s.attribution for s in shipped.sources)
         assert {t.operator for t in shipped.tables} >= {"gemm", "attention_prefill", "attention_decode", "moe", "all_reduce"}
-        assert {t.operator for t in shipped.tables} <= set(OPERATORS)
-        assert all(t.spread is not None for t in shipped.tables if t.n_points > 50)
 
 
 def test_a_store_of_some_gpus_only(tmp_path: Path) -> None:
