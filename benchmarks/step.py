@@ -11,6 +11,7 @@ what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import click
 import torch
 
 from benchmarks.floor import Load, Rates, phase_floors
+from benchmarks.hf import hf_step_s
 from benchmarks.timing import measure_ceilings, provenance, time_graph
 from runtime.batch import Segment, make_step
 from runtime.comm.experts import ExpertComm, Local
@@ -232,11 +234,12 @@ def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[i
 @click.option("--layers", type=int, default=None, help="Run only so many layers.")
 @click.option("--block-tokens", type=int, default=64)
 @click.option("--replays", type=int, default=30)
+@click.option("--hf", is_flag=True, help="Then the same steps by transformers, in the same run (Qwen3-MoE).")
 @click.option("--commit", default=None)
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write figures and provenance here.")
 def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int, redundant: int, sliced: bool, skew: float,
-         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, commit: str | None,
-         out: Path | None) -> None:
+         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, hf: bool,
+         commit: str | None, out: Path | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a CUDA GPU")
     if ep > 1 and not sliced:
@@ -246,6 +249,15 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
     rates = measure_rates()
     bench = Bench(model, slice_layout(model, ep, redundant) if sliced else single(model), precision, block_tokens)
     rows = points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates)
+    if hf:
+        del bench
+        gc.collect()
+        torch.cuda.empty_cache()
+        for row in rows:
+            row["hf_step_s"] = hf_step_s(model, phase, row["batch"], row["context"])
+            torch.cuda.empty_cache()
+            click.echo(f"transformers, batch {row['batch']}: {row['hf_step_s'] * 1e3:.1f} ms, "
+                       f"{row['hf_step_s'] / row['step_s']:.1f} times as long")
     if out is not None:
         record = {"model": name, "layers": model.layers, "ep": ep, "redundant": redundant, "rank_slice": sliced, "skew": skew,
                   "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
