@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from twin.commands.against import against
 from twin.commands.shared import json_option, render_report, say
 from twin.spec.errors import OutOfBand, SpecError
 from twin.spec.results import RunResult
@@ -18,8 +19,12 @@ def validate() -> None:
     """Compare predictions with measurements.
 
     `eptwin validate run RUN_DIR` compares `predicted/` with `measured/` in a run directory (as `eptwin run --out` writes
-    them); `eptwin validate pair PREDICTED MEASURED` compares any two results.
+    them); `eptwin validate pair PREDICTED MEASURED` compares any two results; `eptwin validate against FILE`
+    predicts public measurements.
     """
+
+
+validate.add_command(against)
 
 
 band_option = click.option(

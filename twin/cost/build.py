@@ -158,7 +158,8 @@ def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: floa
         return plain
     more = np.log(site.engine.experts_scale)
     assert site.popularity_LE is not None
-    found = measured_expert_cost(work, model, site.precision, site.pool, site.profile, site.protocol.name, model.moe_layers,
+    found = measured_expert_cost(work, model, site.precision, site.pool, site.profile,
+                                 site.protocol.name if site.exchanges_tokens else "none", model.moe_layers,
                                  plain, compute_share, even=len(site.popularity_LE) == 1,
                                  dtype=product_dtype(site.precision.experts, site.gpu),
                                  shared_kernels=site.gpu.fp4_flop_per_s is not None) or plain

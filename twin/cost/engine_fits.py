@@ -22,13 +22,13 @@ def generation(gpu: GpuSpec) -> Generation:
 
 
 FITS: Mapping[tuple[str, Generation], Mapping[str, float]] = {
-    ("sglang", "blackwell"): {"graph_launch_s": 2.12e-06, "step_host_s": 0.000441, "eager_launch_s": 6.14e-06,
-                              "frontend_s": 0.0227, "prefill_slowdown": 1.75, "products_scale": 0.895,
-                              "attention_scale": 0.953, "collectives_scale": 1.21},
+    ("sglang", "blackwell"): {"graph_launch_s": 2.75e-06, "step_host_s": 0.000639, "eager_launch_s": 4.53e-05,
+                              "frontend_s": 0.0257, "prefill_slowdown": 1.65, "products_scale": 0.965,
+                              "attention_scale": 0.953, "experts_scale": 1.16, "collectives_scale": 0.831},
     ("sglang", "hopper"): {"graph_launch_s": 2.27e-06, "step_host_s": 0.000772, "eager_launch_s": 8.43e-05,
                            "frontend_s": 0.0257, "prefill_slowdown": 1.28, "products_scale": 0.892, "attention_scale": 1.22},
-    ("vllm", "blackwell"): {"graph_launch_s": 2.11e-06, "step_host_s": 0.000937, "eager_launch_s": 2.01e-05,
-                            "frontend_s": 0.033, "prefill_slowdown": 1.45, "products_scale": 0.965, "collectives_scale": 1.06},
+    ("vllm", "blackwell"): {"graph_launch_s": 1.76e-06, "eager_launch_s": 6.72e-06, "frontend_s": 0.0698,
+                            "prefill_slowdown": 1.06, "products_scale": 0.895, "attention_scale": 1.23},
     ("vllm", "hopper"): {"graph_launch_s": 1.87e-06, "step_host_s": 0.000687, "prefill_slowdown": 1.06, "experts_scale": 0.953},
     ("trtllm", "blackwell"): {"graph_launch_s": 1.59e-06, "step_host_s": 0.000322, "eager_launch_s": 4e-05,
                               "frontend_s": 0.0165, "prefill_slowdown": 1.13, "products_scale": 0.799, "experts_scale": 1.16},

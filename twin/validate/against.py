@@ -128,7 +128,7 @@ def _beside(verdicts: Sequence[Verdict], peer: str) -> dict[str, Any]:
     return found
 
 
-def as_json(verdict: Verdict) -> dict[str, Any]:
+def plain(verdict: Verdict) -> dict[str, Any]:
     """One row as plain data: seconds, sources of the typical decode step, or the reason."""
     found: dict[str, Any] = {"id": verdict.row.name, "line": verdict.row.line, "half": verdict.half}
     if verdict.question is not None:
