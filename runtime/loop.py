@@ -60,7 +60,8 @@ class StepLoop:
     def __init__(self, rank: Rank, control: Control, clock: Clock, *, record: bool) -> None:
         self.rank, self.control, self.clock, self._record = rank, control, clock, record
         self._desk = Desk(rank, control) if rank.at.is_leader else None
-        self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within)
+        self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within,
+                                                                 alone=rank.at.world == 1)
         self._wake = self._slept_at = 0
         self._idle = True
         self._told_to_stop = self._stopped = False

@@ -145,10 +145,10 @@ def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step],
         expert_load=_expert_load(frontend, index, pool),
         kv_transfer_s=Summary.of([f.transfer[1] - f.transfer[0] for f in moved if f.transfer and f.request_id in counted])
         if pool.role != "mixed" else None,
-        kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0, mtp_accepted=_accepted(shown))
+        kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0, mtp_accepted=draft_shares(shown))
 
 
-def _accepted(steps: Sequence[Step]) -> tuple[float, ...] | None:
+def draft_shares(steps: Sequence[Step]) -> tuple[float, ...] | None:
     """Share of drafts that stood, by place; None where nothing was drafted."""
     drafted, stood = (add_places([rank["drafts"][side] for s in steps for rank in s.ranks]) for side in (0, 1))
     return tuple(round(good / made, 6) for good, made in zip(stood, drafted, strict=True)) or None

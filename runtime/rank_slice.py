@@ -36,6 +36,7 @@ class SliceComm:
     """An ExpertComm that gives every MoE layer in turn the rows that routing over all ranks would send."""
 
     sent_bytes = 0
+    moves = False
 
     def __init__(self, arrivals: list[Arrival]) -> None:
         self._arrivals = arrivals

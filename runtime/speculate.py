@@ -71,10 +71,11 @@ class MtpDrafter:
     """
 
     def __init__(self, mtp: Mtp, cache: torch.Tensor, pool: PoolPlan, tp: Group,
-                 within: Callable[[str], AbstractContextManager[None]]) -> None:
+                 within: Callable[[str], AbstractContextManager[None]], *, alone: bool = False) -> None:
+        """`alone`: no other rank waits for this one's share of the module's experts."""
         self._mtp, self._cache, self._tp, self._within = mtp, cache, tp, within
         self._block, self._drafts = pool.block_tokens, pool.role != "prefill"
-        self._leads = tp.index == 0
+        self._leads, self._alone = tp.index == 0, alone
         self._states = cache.new_zeros((0, mtp.transformer.model.hidden), dtype=mtp.transformer.params["embed"].dtype)
 
     @staticmethod
@@ -116,6 +117,8 @@ class MtpDrafter:
                     rows += range(row, row + len(stand))
                     going.append(i)
                 row += len(s.token_ids)
+            if self._alone and not parts:
+                return
             step = make_step(parts, self._block, self._cache.device)
             states = self._mtp.forward(step, hidden_TH[rows], self._cache, capacity)
             ends = torch.tensor([len(s.token_ids) for s in parts], dtype=torch.int64).cumsum(0) - 1

@@ -52,6 +52,7 @@ class Local:
     """All experts are here: nothing moves."""
 
     sent_bytes = 0
+    moves = False
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
         return Dispatched(x_TH, slots_TK, weights_TK)

@@ -14,7 +14,7 @@ from runtime_worlds import Served, draw_alone, fork_world, serve
 from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.frontend import Frontend
 from runtime.layout import single
-from runtime.measure import _accepted, group_steps
+from runtime.measure import draft_shares, group_steps
 from runtime.metrics import ServiceMetrics
 from runtime.model.mtp import Mtp
 from runtime.model.params import checkpoint_tensors
@@ -267,7 +267,7 @@ def test_prompts_computed_elsewhere_bring_the_modules_kv(tmp_path: Path) -> None
             assert f'position="1",role="decode"}} {float(decode.stood[1])}' in metrics
         finally:
             await frontend.stop()
-        shares = _accepted(group_steps(frontend.steps, 0.0))
+        shares = draft_shares(group_steps(frontend.steps, 0.0))
         assert shares == tuple(round(s / d, 6) for s, d in zip(decode.stood, decode.drafted, strict=True))
 
     asyncio.run(work())

@@ -1,0 +1,113 @@
+"""What recording costs: the same requests with step records and without, by turns, in one process.
+
+    python -m benchmarks.measuring --json benchmarks/results/cpu_measuring.json
+
+Marks (which phase a rank is in) are always on, since the watch over ranks needs them; their cost is counted apart: marks a
+step times the cost of one. `--hidden` and `--layers` set the size of the model; on a small one everything costs most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from runtime.board import Board
+from runtime.clock import Clock
+from runtime.loop import StepLoop
+from runtime.options import EngineOptions
+from runtime.rank import Rank, build_rank
+from runtime.tiny import tiny_config
+from runtime.types import SamplingParams
+from twin.spec.hf import model_from_hf_config
+from twin.spec.plan import Plan, PoolPlan
+from twin.spec.rundir import write_text
+
+
+class Script:
+    """Control without a socket: says everything at once, encodes what it is told as the socket would be sent it."""
+
+    formation = 0
+
+    def __init__(self, messages: list[dict[str, Any]]) -> None:
+        self._messages = messages
+        self.steps = 0
+
+    def drain(self, *, wait: bool) -> list[dict[str, Any]]:
+        said, self._messages = self._messages or ([{"op": "stop"}] if wait else []), []
+        return said
+
+    def send(self, message: dict[str, Any]) -> None:
+        json.dumps(message, separators=(",", ":"))
+        self.steps += message["ev"] == "step"
+
+
+class Counted(Clock):
+    """Counts marks."""
+
+    marks = 0
+
+    def mark(self, phase: str) -> None:
+        self.marks += 1
+        super().mark(phase)
+
+
+def serve(rank: Rank, clock: Clock, requests: int, tokens: int, *, record: bool) -> tuple[float, int]:
+    """(seconds, steps) of a batch of requests, all at once."""
+    params = asdict(SamplingParams(max_tokens=tokens, ignore_eos=True))
+    messages: list[dict[str, Any]] = [{"op": "add", "id": i, "tokens": [i + 1] * 16, "prompt_len": 16, "seed": i,
+                                       "params": params, "wake": 1} for i in range(requests)]
+    script = Script(messages)
+    began = time.perf_counter()
+    StepLoop(rank, script, clock, record=record).run()  # type: ignore[arg-type]
+    return time.perf_counter() - began, script.steps
+
+
+@click.command(help=__doc__.split("\n", 1)[0])
+@click.option("--hidden", default=256, show_default=True)
+@click.option("--layers", default=4, show_default=True)
+@click.option("--requests", default=8, show_default=True)
+@click.option("--tokens", default=48, show_default=True)
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(hidden: int, layers: int, requests: int, tokens: int, rounds: int, out: Path | None) -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = model_from_hf_config(tiny_config("deepseek_v3", hidden=hidden, layers=layers), "small-deepseek")
+    plan = Plan(pools=(PoolPlan(role="mixed", max_num_seqs=requests, block_tokens=16, kv_blocks=8 * requests),))
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Counted(Board(Path(folder) / "board", 1), 0)
+        rank = build_rank(model, plan, EngineOptions(), 0, clock.mark)
+        serve(rank, clock, requests, tokens, record=True)
+        took: dict[bool, list[float]] = {True: [], False: []}
+        clock.marks = 0
+        for turn in range(2 * rounds):
+            seconds, steps = serve(rank, clock, requests, tokens, record=turn % 2 == 0)
+            took[turn % 2 == 0].append(seconds / steps)
+        marks = clock.marks / (2 * rounds * steps)
+        began = time.perf_counter()
+        for _ in range(50_000):
+            clock.mark("attention")
+            clock.mark("gate")
+        mark_s = (time.perf_counter() - began) / 100_000
+    on, off = statistics.median(took[True]), statistics.median(took[False])
+    best = min(took[True]) / min(took[False]) - 1
+    row = {"step_s": {"recorded": on, "not": off}, "overhead": on / off - 1, "overhead_of_fastest": best, "marks_a_step": marks,
+           "mark_s": mark_s, "marks_share": marks * mark_s / off, "rounds": rounds, "hidden": hidden, "layers": layers,
+           "requests": requests, "cores": os.cpu_count(), "torch": torch.__version__}
+    click.echo(f"step {off * 1e3:.3f} ms, recorded {on * 1e3:.3f} ms: {row['overhead']:+.2%} (fastest rounds {best:+.2%}); "
+               f"{marks:.0f} marks a step of {mark_s * 1e9:.0f} ns: {row['marks_share']:.2%}")
+    if out is not None:
+        write_text(out, json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
