@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from runtime.gpu_calls import Call, calls_of, fp8_product, read_kernel
 from runtime.operators import NO_WINDOW
 
 Json = dict[str, Any]
-_REPLAYS, _LEAST_S = 10, 1e-3
+_REPLAYS = 10
+_LEAST_S, _MOST_S, _POINT_S = 1e-3, 5e-3, 50e-3
+_SHORT_S, _SHORT_CALLS = 2e-4, 96
+"""A replay lasts about so long at least, and at most where calls are short; so long all replays of a point."""
 
 
 @dataclass(frozen=True)
@@ -100,37 +103,43 @@ def _whole(model: tuple[int, ...], ep: int) -> bool:
 
 
 def time_calls(calls: Sequence[Call]) -> tuple[float, float]:
-    """(median seconds of one call, 80% half width as a fraction of it)."""
+    """(median seconds of one call, 80% half width as a fraction of it). Long calls are repeated less often."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
         calls[0]()
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-    once_s = max(start.elapsed_time(end) / 1e3, 1e-6)
-    rounds = max(1, min(20, round(_LEAST_S / once_s)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # not torch.cuda.graph, which collects garbage and empties the cache at every capture
+        once_s = max(_elapsed_s(calls[0]), 1e-6)
+        calls = calls[: max(1, min(len(calls), round(_MOST_S / once_s)))]
+        # a short call's time is that of its launch here, far above what it takes in a graph
+        least = _SHORT_CALLS if once_s < _SHORT_S else 1
+        rounds = -(-max(least, round(_LEAST_S / once_s)) // len(calls))
+        graph = torch.cuda.CUDAGraph()  # not torch.cuda.graph, which collects garbage and empties the cache at every capture
         graph.capture_begin()
         for _ in range(rounds):
             for call in calls:
                 call()
         graph.capture_end()
     graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
+    count = rounds * len(calls)
+    replays = max(3, min(_REPLAYS, round(_POINT_S / once_s / count)))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     for mark in marks[:-1]:
         mark.record()
         graph.replay()
     marks[-1].record()
     marks[-1].synchronize()
-    count = rounds * len(calls)
-    found = sorted(a.elapsed_time(b) / 1e3 / count for a, b in zip(marks, marks[1:], strict=False))  # noqa: RUF007
-    middle = statistics.median(found)
-    return middle, (found[-2] - found[1]) / 2 / middle
+    found = sorted(a.elapsed_time(b) / 1e3 / count for a, b in pairwise(marks))
+    middle, cut = statistics.median(found), len(found) // 10
+    return middle, (found[-1 - cut] - found[cut]) / 2 / middle
+
+
+def _elapsed_s(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 class Measured:
