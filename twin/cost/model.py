@@ -57,9 +57,13 @@ class CostModel:
                             expected=", ".join(g.name for g in cluster.groups)) from None
         offset = sum(g.gpus for g in cluster.groups[: cluster.groups.index(group)])
         gpus = gpus_of(pool, self.network, offset + first_gpu)
-        engine = engine or engine_of(plan.engine, group.gpu)
+        stated = engine
+        engine = stated or engine_of(plan.engine)
         domains = len(np.unique(self.network.domain_of[gpus]))
         protocol = resolve_protocol(pool, engine, group.gpu, domains == 1)
+        wide = pool.dp > 1 and protocol.name.startswith("deepep")
+        if stated is None and not wide:  # fits are of deployments inside one node; what DeepEP's differ in is in `engines.py`
+            engine = engine_of(plan.engine, group.gpu)
         shares = placement = None
         if model.moe is not None:
             shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
