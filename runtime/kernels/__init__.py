@@ -13,6 +13,7 @@
     gate.py           the router: scores, groups, top-k
     symm.py           dispatch, combine and barrier through peers' memory
     sampling.py       the next token
+    step.py           what a decode step derives from its lengths, and leaves for the next one
 
 Every function takes and returns torch tensors, launches on the current stream, never reads a value back to the host
 and allocates only through torch, so that a whole step can be captured in a CUDA graph. Nothing here imports the

@@ -110,6 +110,21 @@ def test_a_slice_receives_what_routing_sends(device: torch.device, skew: float) 
         slice_layout(model, 3)
 
 
+def test_a_slice_takes_steps_of_its_own_tokens(device: torch.device) -> None:
+    model = tiny("deepseek_v3")
+    at = slice_layout(model, 4)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    params = load_weights(model, at, checkpoint=None, seed=3, dtype=dtype, device=device)
+    comm = SliceComm(draw_arrivals(model, at, 2, skew=0.0, seed=1, device=device))
+    transformer = Transformer(model, at, params, Rig(ops_for("triton"), solo(), comm))
+    runner = DecodeRunner(transformer, make_kv(model, at, 8, BLOCK, dtype, device), BLOCK, most=2, max_context=16, sizes=[2])
+    steps = [runner.run([Segment([5], 3, (1,)), Segment([6], 3, (2,))]).logits.clone() for _ in range(2)]
+    assert torch.isfinite(steps[0]).all() and torch.equal(*steps)  # every layer gets its own arrivals in every step
+    assert [p.shape[0] for name, p in params.items() if name.endswith("experts.w13")] == [2] * model.moe_layers
+    loads = [layer.ffn.load_E.sum().item() for layer in transformer.layers if hasattr(layer.ffn, "load_E")]
+    assert loads == [2 * 2 * model.moe.top_k] * model.moe_layers
+
+
 def test_the_ladder_holds_every_size() -> None:
     for most in (1, 3, 16, 100, 256, 512):
         sizes = ladder(most)
