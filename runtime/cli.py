@@ -28,8 +28,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How the engine runs, the same for every command that starts one."""
     folder = click.Path(path_type=Path)
     for option in (
-        click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=8.0, show_default=True,
-                     help="Seconds that a rank waits for another before it counts as lost."),
+        click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=3.0, show_default=True,
+                     help="Seconds without a sign of life after which a rank counts as lost."),
         click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; default: fp32 on cpu, bf16 on cuda."),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
                      help="Where ranks compute."),
@@ -68,6 +68,7 @@ def make_options(checkpoint: Path | None, device: str, dtype: str | None, timeou
     help="Requests in flight before others get 429.",
 )
 @click.option("--served-model-name", help="Name in /v1/models; default: the model's.")
+@click.option("--recover/--no-recover", default=True, show_default=True, help="Go on without ranks that are lost, or end.")
 def serve(
     plan: str,
     model_name: str | None,
@@ -79,6 +80,7 @@ def serve(
     port: int,
     max_outstanding: int,
     served_model_name: str | None,
+    recover: bool,
 ) -> None:
     """Serve PLAN (a plan.json, a run directory, or a scenario that states a plan: try `tiny_cpu`) as an OpenAI-compatible API.
 
@@ -86,7 +88,7 @@ def serve(
     When EPTWIN_API_KEY is set, requests need `Authorization: KEY` or `Authorization: Bearer KEY`. SIGTERM drains.
     """
     chosen, model = plan_and_model(plan, model_name)
-    options = make_options(checkpoint, device, dtype, timeout_s)
+    options = make_options(checkpoint, device, dtype, timeout_s, recover=recover)
     settings = GatewaySettings(
         model_name=served_model_name or model.name, max_context=model.max_context, max_outstanding=max_outstanding
     )

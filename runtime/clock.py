@@ -26,6 +26,7 @@ class Clock:
         self._phase, self._since = "start", time.monotonic()
         self._inside = False
         self._parts: dict[str, float] = {}
+        self._spent: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
         if self._inside:
@@ -58,6 +59,16 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
+        parts = self._take()
+        for phase, seconds in parts.items():
+            self._spent[phase] = self._spent.get(phase, 0.0) + seconds
+        return parts
+
+    def spent(self, phase: str) -> float:
+        """Seconds of a phase that were taken, since the start."""
+        return self._spent.get(phase, 0.0)
+
+    def _take(self) -> dict[str, float]:
         now = time.monotonic()
         self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
         self._since = now
@@ -92,8 +103,8 @@ class DeviceClock(Clock):
             self._marks.append((phase, event))
             self._timing = phase in ON_DEVICE
 
-    def take(self) -> dict[str, float]:
-        parts, device = super().take(), dict[str, float]()
+    def _take(self) -> dict[str, float]:
+        parts, device = super()._take(), dict[str, float]()
         while len(self._marks) > 1 and self._marks[1][1].query():
             phase, event = self._marks.popleft()
             self._spare.append(event)

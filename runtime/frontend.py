@@ -23,6 +23,7 @@ from runtime.layout import layouts
 from runtime.options import EngineOptions
 from runtime.recovery import Recovered, Recovery, fresh
 from runtime.requests import check_request
+from runtime.routing_record import write_routing
 from runtime.suspects import Suspects
 from runtime.targets import Target, Targets
 from runtime.types import FrontendStats, SamplingParams, TokenEvent
@@ -142,6 +143,7 @@ class Frontend:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
+        write_routing(self.options.record_routing, list(self.totals.values()), self.model.name)
 
     # Requests
 
@@ -214,6 +216,9 @@ class Frontend:
 
     def rank_pids(self) -> list[int]:
         return self._processes.pids()
+
+    def faults_fired(self, seat: int) -> int:
+        return self._processes.board.fired(seat)
 
     # Ranks
 

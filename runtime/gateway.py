@@ -296,6 +296,8 @@ def _add_probes(app: FastAPI) -> None:
     def ready() -> dict[str, str]:
         if app.state.engine.failure is not None:
             raise HttpError(503, "the engine has failed", code="engine_failed", retry_after_s=5.0)
+        if app.state.engine.stats().recovering:
+            raise HttpError(503, "a rank was lost; the others re-form", code="recovering", retry_after_s=2.0)
         if desk.draining or not desk.ready:
             raise HttpError(503, "draining" if desk.draining else "not ready", retry_after_s=5.0)
         return {"status": "ok"}

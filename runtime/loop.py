@@ -22,6 +22,7 @@ from runtime.clock import Clock
 from runtime.comm.experts import check_peers
 from runtime.comm.group import PeerLost
 from runtime.control import Control, Message
+from runtime.eplb import rebalancer
 from runtime.rank import Rank
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
@@ -43,7 +44,8 @@ class Reformed(Exception):
 @dataclass
 class Round:
     """What the ranks agreed on: to leave, whether anybody works, whether all have heard the same, this DP rank's plan size,
-    the most tokens of any DP rank, how many tokens a rank dispatches at most, and how often drafts are drafted from."""
+    the most tokens of any DP rank, how many tokens a rank dispatches at most, how often drafts are drafted from, and which
+    milestone of rebalancing all have reached."""
 
     stop: bool
     works: bool
@@ -52,6 +54,7 @@ class Round:
     tokens: int
     capacity: int
     passes: int
+    milestone: int = 0
 
 
 class StepLoop:
@@ -62,6 +65,7 @@ class StepLoop:
         self._desk = Desk(rank, control) if rank.at.is_leader else None
         self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within,
                                                                  alone=rank.at.world == 1)
+        self._rebalancer = rebalancer(rank, control, clock)
         self._wake = self._slept_at = 0
         self._idle = True
         self._told_to_stop = self._stopped = False
@@ -79,6 +83,11 @@ class StepLoop:
             if not self._idle or self._wake > self._slept_at or self._told_to_stop:
                 self._round()
         self.clock.mark("done")
+
+    def close(self) -> None:
+        """End what runs beside the steps; the formation is over."""
+        if self._rebalancer is not None:
+            self._rebalancer.close()
 
     def _hear(self, message: Message) -> None:
         op = message["op"]
@@ -117,6 +126,10 @@ class StepLoop:
                     self._desk.tell_load()
             return
         self._rounds += 1
+        if self._rebalancer is not None:
+            if not self._record:
+                self.clock.take()
+            self._rebalancer.step(agreed.milestone)
         self.working = [*plan.decode, *(chunk.request_id for chunk in plan.prefill)]
         segments = self._share(segments, packed, agreed.plan_size)
         self.clock.point("prefill" if any(s.is_prefill for s in segments) else "decode")
@@ -146,11 +159,13 @@ class StepLoop:
         if group.size == 1:
             return Round(self._told_to_stop, has_work, True, plan_size, tokens, max(1, tokens), passes)
         self.clock.mark("wait")
-        row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop), passes]
+        row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop), passes,
+               self._rebalancer.milestones if self._rebalancer else 0]
         rows = group.all_gather(torch.tensor(row)).tolist()
         most = max(row[3] for row in rows)
         return Round(any(row[4] for row in rows), any(row[0] for row in rows), len({row[1] for row in rows}) == 1,
-                     rows[at.dp_rank * at.tp][2], most, max(1, -(-most // at.tp)), max(row[5] for row in rows))
+                     rows[at.dp_rank * at.tp][2], most, max(1, -(-most // at.tp)), max(row[5] for row in rows),
+                     min(row[6] for row in rows))
 
     def _share(self, segments: list[Segment], packed: torch.Tensor, size: int) -> list[Segment]:
         """The leader's segments, on all its TP ranks."""

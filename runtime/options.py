@@ -20,8 +20,8 @@ class EngineOptions:
     """`checkpoint` None means random weights from `seed`. `dtype` is that of weights, activations and KV.
 
     A rank that shows no sign of life for `timeout_s` counts as lost. With `recover` the others then go on without it
-    (`runtime.recovery`), else the engine fails. `faults` strike on purpose (`runtime.faults`). `record_routing` counts which
-    experts are chosen together (`runtime.routing_record`). `threads` are torch threads a rank (None:
+    (`runtime.recovery`), else the engine fails. `faults` strike on purpose (`runtime.faults`). `record_routing` is a file for
+    expert loads (`runtime.routing_record`). `threads` are torch threads a rank (None:
     the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
     graphs where one rank is the whole instance.
@@ -38,7 +38,7 @@ class EngineOptions:
     timeout_s: float = 3.0
     recover: bool = False
     faults: str = ""
-    record_routing: bool = False
+    record_routing: str | None = None
     start_timeout_s: float = 120.0
     threads: int | None = None
     max_context: int | None = None
@@ -53,6 +53,8 @@ class EngineOptions:
         if self.recover and self.external is not None:
             raise SpecError("ranks that somebody else started cannot be replaced", field="recover", expected="false")
         parse(self.faults)
+        if self.record_routing is not None and Path(self.record_routing).suffix not in (".csv", ".json"):
+            raise SpecError(f"is {self.record_routing}", field="record_routing", expected="a file that ends with .csv or .json")
 
     @property
     def patience_s(self) -> float:

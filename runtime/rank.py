@@ -39,11 +39,13 @@ _CPU_KV_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Groups:
-    """`control` carries plans between hosts' processors (gloo); `instance` and `tp` carry tensors."""
+    """`control` carries plans between hosts' processors (gloo), `experts` weights beside the steps where experts move;
+    `instance` and `tp` carry tensors."""
 
     control: Group
     instance: Group
     tp: Group
+    experts: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     device = torch.device("cuda", rank % torch.cuda.device_count()) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # chosen by index, not by hiding the others: peers address one another's memory
-    groups = _groups(everyone, at, options)
+    groups = _groups(everyone, at, options, moves=any(one.eplb is not None for one in plan.pools))
     experts = make_expert_comm(pool.comm, groups.instance, at, device=options.device,
                                fp8=plan.precision.dispatch == "fp8", timeout_s=options.patience_s)
     placement, mtp = place(model, pool), uses_mtp(plan, model)
@@ -137,7 +139,7 @@ def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:
     return rows
 
 
-def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions) -> Groups:
+def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions, *, moves: bool) -> Groups:
     """Make every group of the world, in one order, and keep this rank's."""
     mine: dict[tuple[str, int], Group] = {}
     # NCCL refuses two ranks on one GPU; gloo carries what symmetric memory does not (see docs/ep.md on sharing a GPU)
@@ -154,7 +156,8 @@ def _groups(everyone: list[RankLayout], at: RankLayout, options: EngineOptions) 
     instance = control if backend == "gloo" else groups_of("instance", lambda one: one.instance_ranks, backend)
     whole = all(one.tp == one.world for one in everyone)
     tp = instance if whole else groups_of("tp", lambda one: one.tp_ranks, backend)
-    return Groups(control, instance, tp)
+    experts = groups_of("experts", lambda one: one.instance_ranks, "gloo") if moves else None
+    return Groups(control, instance, tp, experts)
 
 
 def _kv_blocks(model: ModelSpec, pool: PoolPlan, at: RankLayout, options: EngineOptions, device: torch.device,
@@ -189,8 +192,7 @@ def _free_memory_bytes() -> int:
 
 def expert_load(rank: Rank) -> list[list[int]]:
     """Tokens that this rank routed to every expert [moe layers][experts] since its start."""
-    layers = [layer.ffn for layer in rank.transformer.layers]
-    return [ffn.load_E.tolist() for ffn in layers if hasattr(ffn, "load_E")]
+    return [ffn.load_E.tolist() for ffn in rank.transformer.moe_layers]
 
 
 def param_count(model: ModelSpec, at: RankLayout) -> int:

@@ -27,6 +27,7 @@ from runtime.faults import Injector, parse
 from runtime.loop import Reformed, StepLoop
 from runtime.options import Briefing
 from runtime.rank import Rank, build_rank, expert_load
+from runtime.routing_record import summarise_pairs
 from runtime.weights import Kept
 from twin.spec.errors import SpecError
 from twin.spec.plan import Plan
@@ -44,7 +45,8 @@ def main() -> None:
     board = Board(briefing.board)
     control = Control(briefing.control, seat, board)
     control.formation = briefing.formation
-    clock = (DeviceClock if briefing.options.device == "cuda" and briefing.options.record else Clock)
+    timed = briefing.options.record or any(pool.eplb is not None for pool in briefing.plan.pools)
+    clock = (DeviceClock if briefing.options.device == "cuda" and timed else Clock)
     worker = Worker(briefing, control, clock(board, seat, Injector(parse(briefing.options.faults), seat, board)))
     code = 0
     try:
@@ -114,6 +116,8 @@ class Worker:
                 order = self.control.order(self.options.start_timeout_s)
                 if order is None:
                     raise
+            if self._loop is not None:
+                self._loop.close()
             self.clock.mark("reform")
             self._heard_at = time.monotonic()
             leave_groups()
@@ -147,6 +151,9 @@ class Worker:
         if place.world > 1:
             self._meet(place, patience)
         built = build_rank(self.model, place.plan, options, place.rank, self.clock.mark, kept)
+        if (options.record_routing or "").endswith(".json"):
+            for ffn in built.transformer.moe_layers:
+                ffn.count_pairs()
         if place.world > 1:
             guarded(lambda: dist.monitored_barrier(timeout=patience))
         self.control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes,
@@ -167,7 +174,14 @@ class Worker:
                                                 timeout=patience))
 
     def _tell_totals(self, built: Rank) -> None:
-        self.control.send({"ev": "totals", "sent_bytes": built.experts.sent_bytes, "expert_load": expert_load(built)})
+        totals: Message = {"ev": "totals", "sent_bytes": built.experts.sent_bytes, "expert_load": expert_load(built)}
+        if built.pool.eplb is not None:
+            totals["placement"] = built.placement
+        counted = [ffn.pairs_EE for ffn in built.transformer.moe_layers if ffn.pairs_EE is not None]
+        if counted:
+            pairs = summarise_pairs(torch.stack(counted), built.groups.control)
+            totals |= {"pairs": pairs} if built.at.local_rank == 0 else {}
+        self.control.send(totals)
 
 
 if __name__ == "__main__":

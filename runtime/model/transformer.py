@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +29,7 @@ from runtime.model.params import Placement, linear_placement, vocab_slice
 from runtime.model.rope import cos_sin, inverse_frequencies, rope_width
 from runtime.ops import ExpertWeights, Router, TorchOps, Weight
 from runtime.quantise import weight_of
+from runtime.replicas import places_for, wheels
 from twin.spec.model import ModelSpec
 
 Params = dict[str, torch.Tensor]
@@ -68,6 +70,11 @@ class Transformer:
         self.angles_PA = torch.cat(cos_sin(positions, inverse.to(positions.device), factor), -1)
         placement = placement or linear_placement(model, at.slots)
         self.layers = [make_layer(model, at, i, params, rig, placement) for i in range(model.layers)]
+
+    @property
+    def moe_layers(self) -> list[MoeFfn]:
+        """The MoE layers' feed-forward parts, in order."""
+        return [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoeFfn)]
 
     def forward(self, step: StepInput, kv: list[torch.Tensor], capacity: int) -> torch.Tensor:
         """Logits fp32 [rows, V] of the step's `logit_rows`, the same on all TP ranks; writes KV of all its tokens.
@@ -197,9 +204,20 @@ class MoeFfn:
         self.shared = None
         if model.moe.shared_intermediate:
             self.shared = DenseFfn(weight_of(params, f"{i}.shared.w13"), weight_of(params, f"{i}.shared.w2"), rig)
-        self.in_order = list(slot_experts) == list(range(model.moe.experts))
-        self.replicas_ER, self.replica_count_E = replica_table(slot_experts, model.moe.experts, device)
+        self.wheel_EW = torch.empty(model.moe.experts, places_for(at.ep), dtype=torch.int64, device=device)
         self.load_E = torch.zeros(model.moe.experts, dtype=torch.int64, device=device)
+        self.pairs_EE: torch.Tensor | None = None
+        self.place(slot_experts)
+
+    def place(self, slot_experts: Sequence[int], shares_S: np.ndarray | None = None) -> None:
+        """Experts are in these slots from now on, replicas used by these shares. In place: captured graphs go on."""
+        self.in_order = list(slot_experts) == list(range(self.moe.experts))
+        self.wheel_EW.copy_(torch.from_numpy(wheels(slot_experts, *self.wheel_EW.shape, shares_S)))
+
+    def count_pairs(self) -> None:
+        """From now on count which experts tokens choose together."""
+        experts = self.moe.experts
+        self.pairs_EE = torch.zeros(experts, experts, dtype=torch.int64, device=self.load_E.device)
 
     def stages(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> Stages:
         """The layer's output [T, H]; yields while tokens travel there and while results travel back."""
@@ -208,6 +226,8 @@ class MoeFfn:
         start, stop = token_share(len(x_TH), rig.tp.size, rig.tp.index)
         mine = x_TH[start:stop]
         ids_TK, weights_TK = rig.ops.route(mine, self.router, self.moe, slots_T[start:stop], self.load_E)
+        if self.pairs_EE is not None:
+            add_pairs(self.pairs_EE, ids_TK)
         slots_TK = ids_TK if self.in_order else self._slots(ids_TK)
         mark("dispatch")
         dispatched = rig.exchange.dispatch(mine, slots_TK, weights_TK, capacity)
@@ -233,10 +253,10 @@ class MoeFfn:
         return rig.tp.all_reduce(out)
 
     def _slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """A physical slot for every choice, -1 for -1; replicas take turns by token and rank."""
+        """A physical slot for every choice, -1 for -1; wheels turn by token, and ranks begin apart."""
         known_TK = ids_TK.clamp(min=0)
         turn = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] + self.at.local_rank
-        slots_TK = self.replicas_ER[known_TK, turn % self.replica_count_E[known_TK]]
+        slots_TK = self.wheel_EW[known_TK, turn % self.wheel_EW.shape[1]]
         return torch.where(ids_TK < 0, -1, slots_TK)
 
 
@@ -246,12 +266,8 @@ def token_share(tokens: int, parts: int, part: int) -> tuple[int, int]:
     return min(part * each, tokens), min((part + 1) * each, tokens)
 
 
-def replica_table(slot_experts: Sequence[int], experts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots of every expert [E, most replicas], how many of them count [E]). Every expert needs a slot."""
-    slots: list[list[int]] = [[] for _ in range(experts)]
-    for slot, expert in enumerate(slot_experts):
-        slots[expert].append(slot)
-    assert all(slots), "an expert without a slot"
-    widest = max(map(len, slots))
-    table = torch.tensor([row + [row[0]] * (widest - len(row)) for row in slots], device=device)
-    return table, torch.tensor([len(row) for row in slots], device=device)
+def add_pairs(pairs_EE: torch.Tensor, ids_TK: torch.Tensor) -> None:
+    """Count every ordered pair of experts that a token chose; the diagonal counts tokens. -1 is no choice."""
+    chosen_TE = torch.zeros(len(ids_TK), len(pairs_EE) + 1, device=ids_TK.device)
+    chosen_TE = chosen_TE.scatter_(1, torch.where(ids_TK < 0, len(pairs_EE), ids_TK), 1.0)[:, :-1]
+    pairs_EE += (chosen_TE.T @ chosen_TE).long()

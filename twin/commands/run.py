@@ -39,9 +39,9 @@ timeout_option = click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.1, 3600),
-    default=8.0,
+    default=3.0,
     show_default=True,
-    help="Seconds that a rank waits for another before it counts as lost.",
+    help="Seconds without a sign of life after which a rank counts as lost.",
 )
 
 
@@ -53,6 +53,8 @@ timeout_option = click.option(
 @dtype_option
 @checkpoint_option
 @timeout_option
+@click.option("--recover", is_flag=True, help="Go on without ranks that are lost; otherwise the first ends the run.")
+@click.option("--record-routing", type=click.Path(path_type=Path), help="Write expert loads here: .csv, or .json with pairs.")
 @click.option("--profile", help="Profile to predict with (of `eptwin calibrate`); default: the scenario's.")
 @out_option
 @json_option
@@ -64,6 +66,8 @@ def run(
     dtype: str | None,
     checkpoint: Path | None,
     timeout_s: float,
+    recover: bool,
+    record_routing: Path | None,
     profile: str | None,
     out: Path | None,
     as_json: bool,
@@ -71,13 +75,17 @@ def run(
     """Execute a plan for real: start its ranks, send SCENARIO's traffic, measure, and compare with the prediction.
 
     With --out the run directory holds `predicted/`, `measured/`, comparison.json and report.html. A rank that dies ends
-    the run with exit code 1, naming it.
+    the run with exit code 1, naming it. What --record-routing writes, `routing: {kind: matrix, file: ...}` reads.
     """
     question = load_scenario(scenario, overrides)
     if profile is not None:
         question = question.model_copy(update={"profile": profile})
     plan = stated_plan(question, plan_file)
-    predicted, measured = execute(question, plan, out, device=device, dtype=dtype, checkpoint=checkpoint, timeout_s=timeout_s)
+    options = engine_options(
+        device=device, dtype=dtype, checkpoint=checkpoint, timeout_s=timeout_s, seed=question.seed, recover=recover,
+        record_routing=str(record_routing) if record_routing else None,
+    )  # fmt: skip
+    predicted, measured = execute(question, plan, out, options)
     if as_json:
         click.echo(dump_json(measured), nl=False)
     else:
@@ -100,15 +108,12 @@ def execute(
     question: Scenario,
     plan: Plan,
     out: Path | None,
-    *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    checkpoint: Path | None = None,
-    timeout_s: float = 8.0,
+    options: Any = None,
 ) -> tuple[RunResult, RunResult]:
-    """(prediction, measurement) of one plan; both and their comparison go to `out` when both are whole."""
+    """(prediction, measurement) of one plan; both and their comparison go to `out` when both are whole. `options` are the
+    engine's; default: those of this question on a CPU."""
     answer = simulate(question, plan)
-    options = engine_options(device=device, dtype=dtype, checkpoint=checkpoint, timeout_s=timeout_s, seed=question.seed)
+    options = options or engine_options(seed=question.seed)
     progress = Progress()
     done = importlib.import_module("runtime.offline").run_workload(
         plan, question.model, question.workload, options, seed=question.seed, name=plan.name, cluster=question.cluster.name,
@@ -125,9 +130,11 @@ def execute(
     return answer.result, measured
 
 
-def engine_options(*, device: str, dtype: str | None, checkpoint: Path | None, timeout_s: float, seed: int = 0) -> Any:
+def engine_options(
+    *, device: str = "cpu", dtype: str | None = None, checkpoint: Path | None = None, timeout_s: float = 3.0, **more: Any
+) -> Any:
     """The runtime's EngineOptions; the class is loaded by name."""
-    return importlib.import_module("runtime.cli").make_options(checkpoint, device, dtype, timeout_s, seed=seed)
+    return importlib.import_module("runtime.cli").make_options(checkpoint, device, dtype, timeout_s, **more)
 
 
 @click.command()

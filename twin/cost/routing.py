@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def popularity(model: ModelSpec, routing: Routing, seed: int = 0) -> Array:
     """Share of the token-expert pairs that each expert gets, rows sum to 1: [L, E].
 
     A single row when all layers are alike (uniform). zipf: share ~ rank^-alpha; lognormal: exp(sigma z); each layer
-    orders its experts by its own permutation. matrix: from a CSV, one row a layer (rows are reused in turn when the
-    model has more layers). Raises SpecError for a file that does not fit.
+    orders its experts by its own permutation. matrix: from a CSV (or the "loads" of a JSON file), one row a layer
+    (rows are reused in turn when the model has more layers). Raises SpecError for a file that does not fit.
     """
     assert model.moe is not None
     experts, layers = model.moe.experts, model.moe_layers
@@ -64,15 +65,15 @@ def _capped(shares: Array, cap: float) -> Array:
 def _from_file(path: Path, experts: int, layers: int) -> Array:
     try:
         with path.open(newline="", encoding="utf-8") as handle:
-            rows = [row for row in csv.reader(handle) if row]
-    except (OSError, UnicodeDecodeError) as err:
+            rows = json.load(handle)["loads"] if path.suffix == ".json" else [row for row in csv.reader(handle) if row]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
         raise SpecError(f"cannot read the expert loads: {err}", file=path, field="routing.file") from None
     try:
         table = np.array([[float(cell) for cell in row] for row in rows])
-    except ValueError:
+    except (ValueError, TypeError):
         try:  # one header line
             table = np.array([[float(cell) for cell in row] for row in rows[1:]])
-        except ValueError as err:
+        except (ValueError, TypeError) as err:
             raise SpecError(f"not a table of numbers: {err}", file=path, field="routing.file") from None
     if table.ndim != 2 or table.shape[1] != experts:
         raise SpecError(f"expert loads have shape {table.shape}", file=path, field="routing.file",

@@ -23,6 +23,22 @@ class Precision(Spec):
     dispatch: Literal["bf16", "fp8", "fp32"] = "bf16"
 
 
+class Eplb(Spec):
+    """Online rebalancing of experts over the EP ranks of an instance. Every `period_steps` steps the loads of the last
+    `window_steps` decide whether a better placement is worth its migration, which then moves at most `budget_bytes` of
+    expert weights a step, over all ranks together, while the instance serves."""
+
+    window_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    period_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
+    budget_bytes: Annotated[int, Field(ge=1, le=1 << 50)] = 64 << 20
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Eplb:
+        if self.window_steps > self.period_steps:
+            raise ValueError(f"window_steps ({self.window_steps}) must not exceed period_steps ({self.period_steps})")
+        return self
+
+
 class PoolPlan(Spec):
     """Equal instances of one role. Per instance: world = dp x tp GPUs; the routed experts are spread over `ep` ranks,
     and each expert is cut over world / ep ranks (expert TP) when ep is smaller than the world.
@@ -45,6 +61,7 @@ class PoolPlan(Spec):
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     redundant_experts: Annotated[int, Field(ge=0, le=65_536)] = 0
     placement: Literal["linear", "eplb_global", "eplb_hierarchical"] = "linear"
+    eplb: Eplb | None = None
     tbo: bool = False
     tbo_min_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 64
     mtp_draft_tokens: Annotated[int, Field(ge=0, le=16)] = 0
