@@ -1,0 +1,120 @@
+"""Published records (a YAML list: what was measured, of which model, on what) beside the twin's predictions of them.
+
+A record has `id`, `metric`, `value`, `unit` and whatever describes its configuration: model, gpu, nodes, gpus, phase, ep, dp,
+tp, isl, osl, batch_per_gpu, tokens_per_gpu, features, network, concurrency, backend, … Unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from twin.spec.errors import EptwinError, SpecError
+from twin.spec.parse import read_text
+from twin.validate.record_kinds import ANSWERS, Found, kind_of
+
+MAX_FILE_BYTES = 16 << 20
+MAX_RECORDS = 100_000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One record: the prediction in the record's own unit, or why there is none."""
+
+    name: str
+    kind: str
+    metric: str
+    unit: str
+    published: float | None
+    found: Found | None
+    reason: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Signed relative error; None without a prediction or a published number."""
+        if self.found is None or not self.published:
+            return None
+        return self.found.value / self.published - 1.0
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        found: dict[str, Any] = {"id": self.name, "kind": self.kind, "metric": self.metric, "unit": self.unit,
+                                 "published": self.published, "answered": self.found is not None}
+        if self.found is None:
+            return found | {"reason": self.reason}
+        return found | {"predicted": self.found.value, "low": self.found.low, "high": self.found.high, "error": self.error,
+                        "sources": list(self.found.sources)}
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.found is None:
+            return f"{self.name}: not answered: {self.reason}"
+        text = f"{self.name}: {self.metric} {self.found.value:.4g} {self.unit} [{self.found.low:.4g}, {self.found.high:.4g}]"
+        if self.error is not None:
+            text += f" published {self.published:.4g} ({self.error:+.1%})"
+        return text + f"  ({', '.join(self.found.sources)})"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a YAML file. Raises SpecError for anything that is no list of mappings with a metric."""
+    text = read_text(path, max_bytes=MAX_FILE_BYTES)
+    try:
+        data = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"not YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}", file=path) from error
+    if isinstance(data, Mapping) and isinstance(data.get("records"), list):
+        data = data["records"]
+    if not isinstance(data, list) or not data:
+        raise SpecError("holds no list of records", file=path, expected="- id: …\n  metric: …\n  value: …")
+    if len(data) > MAX_RECORDS:
+        raise SpecError(f"more than {MAX_RECORDS} records", file=path)
+    for number, record in enumerate(data):
+        if not isinstance(record, Mapping) or not isinstance(record.get("metric"), str):
+            raise SpecError(f"record {number + 1} has no metric", file=path, field=f"{number}.metric", expected="a name")
+    return [dict(record) for record in data]
+
+
+def judge_records(path: Path, limit: int | None = None) -> list[Judged]:
+    """Answer the records of a file, in their order."""
+    return [_judge(record, number) for number, record in enumerate(read_records(path)[:limit])]
+
+
+def _judge(record: Mapping[str, Any], number: int) -> Judged:
+    name, metric, unit = str(record.get("id") or f"record {number + 1}"), str(record["metric"]), str(record.get("unit") or "")
+    value = record.get("value")
+    published = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    kind = kind_of(record)
+    answer = ANSWERS.get(kind)
+    if answer is None:
+        return Judged(name, kind, metric, unit, published, None, f"the twin has no word for {metric!r} of this configuration")
+    try:
+        found = answer(record)
+    except EptwinError as error:
+        return Judged(name, kind, metric, unit, published, None, str(error).splitlines()[0])
+    except (KeyError, TypeError, ValueError) as error:
+        missing = re.sub(r"[^\w .,:()-]", "", str(error))[:120]
+        return Judged(name, kind, metric, unit, published, None, f"the record lacks or misstates {missing}")
+    if isinstance(found, str):
+        return Judged(name, kind, metric, unit, published, None, found)
+    return Judged(name, kind, metric, unit, published, found)
+
+
+def summarise_records(records: list[Judged]) -> dict[str, Any]:
+    """Errors by kind of record."""
+    by_kind = {}
+    for kind in sorted({r.kind for r in records}):
+        chosen = [r for r in records if r.kind == kind]
+        errors = sorted(abs(r.error) for r in chosen if r.error is not None)
+        inside = [r.found.low <= r.published <= r.found.high for r in chosen if r.found is not None and r.published]
+        by_kind[kind] = {"records": len(chosen), "answered": sum(r.found is not None for r in chosen),
+                         "median_abs_error": errors[len(errors) // 2] if errors else None,
+                         "worst_abs_error": errors[-1] if errors else None,
+                         "interval_coverage": sum(inside) / len(inside) if inside else None}
+    return {"records": len(records), "answered": sum(r.found is not None for r in records), "by_kind": by_kind}
