@@ -109,7 +109,9 @@ class MtpDrafter:
         with self._within("draft"), torch.inference_mode():
             after = self._told([token for s, owner in zip(segments, owners, strict=True) for token in _after(s, owner)]
                                if self._leads else [0] * sum(len(s.token_ids) for s in segments)).tolist()
-            parts, rows, going, row = [], [], [], 0
+            parts: list[Segment] = []
+            rows: list[int] = []
+            going, row = [], 0
             for i, s in enumerate(segments):
                 stand = [token for token in after[row:row + len(s.token_ids)] if token >= 0]
                 if stand:
