@@ -31,8 +31,9 @@ from twin.validate.rows import Question, Unanswered, in_fit_half, question_of, r
 from twin.validate.step_times import StepTimes
 
 # name: (start as a factor of the engine's own, how far a log may go, pull towards 1)
-PARAMETERS = {"graph_launch_s": (0.9, 0.02), "step_host_s": (1.2, 0.01), "eager_launch_s": (3.4, 0.003), "frontend_s": (1.5, 0.01),
-              "prefill_slowdown": (0.6, 0.05), "products_scale": (0.3, 0.10), "attention_scale": (0.4, 0.07),
+PARAMETERS = {"graph_launch_s": (0.9, 0.02), "step_host_s": (1.2, 0.01), "eager_launch_s": (3.4, 0.003),
+              "frontend_s": (1.5, 0.01), "prefill_slowdown": (0.6, 0.05),
+              "products_scale": (0.3, 0.10), "attention_scale": (0.4, 0.07),
               "experts_scale": (0.4, 0.07), "collectives_scale": (0.6, 0.05)}
 _MOST_USERS = 160
 _BOUND = 0.9  # log error beyond which a row counts no more: another deployment than its columns say
@@ -49,7 +50,7 @@ class FamilyTimes(StepTimes):
 
     def set(self, engine: Engine) -> None:
         """Take the constants of `engine`."""
-        self.fill(assembled(self._decode_parts, engine, self.costs, False), assembled(self._mixed_parts, engine, self.costs, True))
+        self.fill(assembled(self._decode_parts, engine, False), assembled(self._mixed_parts, engine, True))
 
 
 def families(costs: CostModel, batch: StepBatch) -> dict[str, np.ndarray]:
@@ -71,11 +72,12 @@ def families(costs: CostModel, batch: StepBatch) -> dict[str, np.ndarray]:
         - found["launches"] * costs.site.launch_s
     found["eager"] = stack.launches(x) + costs._helper_launches
     found["seqs"] = (batch.decode_seqs + batch.prefill_seqs).max(axis=-1)
-    found["covered"] = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1) & (x[..., INDEX["tokens"]].max(axis=-1) <= costs._graph_sizes[-1])
+    small = x[..., INDEX["tokens"]].max(axis=-1) <= costs._graph_sizes[-1]
+    found["covered"] = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1) & small
     return found
 
 
-def assembled(parts: dict[str, np.ndarray], engine: Engine, costs: CostModel, prompts: bool) -> np.ndarray:
+def assembled(parts: dict[str, np.ndarray], engine: Engine, prompts: bool) -> np.ndarray:
     """Seconds of steps from their families."""
     device = parts["other"] + parts["launches"] * engine.graph_launch_s
     for name in ("products", "attention", "collectives", "experts"):
@@ -179,10 +181,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fit_silicon.json"))
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    groups = [tuple(g.split(":")) for g in args.group] or [(e, g) for e in ("sglang", "vllm", "trtllm") for g in ("blackwell", "hopper")]
+    everything = [(e, g) for e in ("sglang", "vllm", "trtllm") for g in ("blackwell", "hopper")]
+    groups = [tuple(g.split(":")) for g in args.group] or everything
     with ProcessPoolExecutor(args.workers) as pool:
         found = list(pool.map(fit, [(args.table, args.seed, g) for g in groups]))
-    args.out.write_text(json.dumps([{"engine": k[0], "generation": k[1], "fit": f, **info} for k, f, info in found], indent=1) + "\n")
+    content = [{"engine": k[0], "generation": k[1], "fit": f, **info} for k, f, info in found]
+    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for key, fitted, _ in found:
         print(f"    {key!r}: {fitted!r},")
 

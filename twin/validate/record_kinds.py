@@ -115,7 +115,7 @@ def _pool(record: Record) -> tuple[CostModel, StepBatch, float]:
     features, phase = _features(record), str(record["phase"])
     ep = int(record["ep"])
     tbo = bool(features.get("TBO") or features.get("DBO"))
-    eplb = features.get("EPLB") is not False and phase == "decode" or "perfect" in str(record.get("id", ""))
+    eplb = (features.get("EPLB") is not False and phase == "decode") or "perfect" in str(record.get("id", ""))
     drafts = 1 if features.get("MTP") not in (None, False) and phase == "decode" else 0
     redundant = int(features.get("redundant_experts", 32 if eplb and ep % 32 == 0 else 0) if eplb else 0)
     model = model_of(str(record["model"]).split(" ")[0].split("/")[0])
@@ -129,11 +129,15 @@ def _pool(record: Record) -> tuple[CostModel, StepBatch, float]:
     profile = "profile" in str(record.get("id", "")) or "simulat" in str(record.get("note", ""))
     routing = _EVEN if eplb or profile or model.moe is None else _AS_EPLB_LEAVES_IT
     costs = CostModel(model, _cluster(record, ep), plan, pool, routing=routing, profile=_evidence())
-    isl, osl = float(record.get("isl") or 4096), float(record.get("osl") or 0)
+    long = phase == "prefill" or profile or drafts
+    isl, osl = float(record.get("isl") or (4096 if long else 2000)), float(record.get("osl") or 0)
     if phase == "prefill":
         tokens = _number(record.get("batch_per_gpu") or 16384)
         return costs, StepBatch.prefill([tokens], 0, max(1.0, tokens / isl)), tokens
     seqs = _number(record["batch_per_gpu"])
+    scaled = re.search(r"scaled to (\d+) tok/GPU", str(record.get("unit")))
+    if scaled and drafts:
+        seqs = float(scaled[1]) / (1 + drafts)
     return costs, StepBatch.decode([seqs], [seqs * (isl + osl / 2)]), seqs * costs.tokens_per_step
 
 
@@ -164,8 +168,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "combine": ("moe/combine/",), "combine_core": ("moe/combine/nvlink", "moe/combine/rdma", "moe/combine/latency"),
     "moe_gemm": ("moe/experts",), "attention": ("attention/prefill", "attention/kv_read"),
     "attention_core": ("attention/kv_read", "attention/prefill"),
-    "other_gemm": ("attention/projections", "attention/kv_up", "attention/absorb", "moe/shared", "moe/gate"),
-    "other": ("norm", "moe/permute", "attention/kv_write"), "overall": ("",)}
+    "other_gemm": ("attention/projections", "attention/kv_up", "attention/absorb", "moe/shared"),
+    "other": ("norm", "moe/permute", "moe/gate", "attention/kv_write"), "overall": ("",)}
 
 
 def layer(record: Record) -> Found | str:
@@ -183,6 +187,8 @@ def layer(record: Record) -> Found | str:
     layers = costs.model.moe_layers if part in ("dispatch", "combine", "moe_gemm", "dispatch_core", "combine_core") \
         else costs.model.layers
     value = sum(chosen.values()) / layers * 1e3
+    if costs.pool.tbo and costs.pool.role == "decode" and part in ("dispatch", "combine"):
+        value *= costs.site.protocol.unhidden  # what the other half batch hides is not in a profile's time
     width = max(0.1, step.high_s / step.total_s - 1)
     return Found(value, value / (1 + width), value * (1 + width), tuple(sorted({str(step.sources[k]) for k in chosen})))
 
@@ -200,7 +206,11 @@ def _exchange(record: Record, backend: str) -> tuple[CostModel, int, float]:
     model = model.model_copy(update={"moe": moe, "hidden": int(record.get("hidden") or 7168)})
     pool = PoolPlan(role="decode", dp=ranks, ep=ranks, comm=backend)  # type: ignore[arg-type]
     plan = Plan(pools=(pool, PoolPlan(role="prefill")), precision=_FP8, engine="sglang")
-    costs = CostModel(model, _cluster(record, ranks), plan, pool)
+    cluster = _cluster(record, ranks)
+    if backend == "deepep_low_latency" and str(record.get("date", "9")) < "2025-06":
+        # before June 2025 low latency sent everything over RDMA, inside a node too
+        cluster = cluster.model_copy(update={"network": cluster.network.model_copy(update={"nvlink_domain_gpus": 1})})
+    costs = CostModel(model, cluster, plan, pool)
     return costs, 1 if str(record["metric"]).startswith("combine") else 0, _number(record["tokens_per_gpu"])
 
 
@@ -209,9 +219,8 @@ def exchange_latency(record: Record) -> Found | str:
     text = f"{record.get('id', '')} {record.get('model', '')} {record.get('source', '')}".lower()
     if "deepep" not in text:
         return "another library's all-to-all: the twin has DeepEP's"
-    if "-2502-" in text and int(record.get("ep") or 0) <= 16:
-        return "the first DeepEP release sent everything over RDMA, inside a node too: not modelled"
-    costs, phase, tokens = _exchange(record, "deepep_normal" if "normal" in text else "deepep_low_latency")
+    normal = "normal" in text or _number(record["tokens_per_gpu"]) > 1024  # low latency keeps a slot for every token
+    costs, phase, tokens = _exchange(record, "deepep_normal" if normal else "deepep_low_latency")
     nvlink_s, rdma_s = costs.exchanges[phase][1].seconds(np.array([tokens]))
     return Found.near((float(nvlink_s + rdma_s) + costs.exchanges[phase][1].fixed_s) * 1e6, _COMM_WIDTH, "calibrated")
 
@@ -231,9 +240,10 @@ def exchange_bandwidth(record: Record) -> Found | str:
 def collective(record: Record) -> Found | str:
     """Milliseconds of one NCCL collective inside a node."""
     name = str(record.get("op") or record.get("op_name") or record.get("id", ""))
-    kind = next((k for k in ("all_gather", "reduce_scatter", "all_reduce", "alltoall") if k.replace("_", "") in name.replace("_", "")
-                 .replace("-", "")), None)
-    size = record.get("size_bytes") or record.get("bytes")
+    plain = name.replace("_", "").replace("-", "")
+    kinds = ("all_gather", "reduce_scatter", "all_reduce", "alltoall")
+    kind = next((k for k in kinds if k.replace("_", "") in plain), None)
+    size = record.get("message_bytes") or record.get("size_bytes")
     if kind is None or size is None:
         return "states no operation or size in bytes"
     gpus = int(record.get("gpus") or 8)
@@ -308,9 +318,10 @@ def serving(record: Record) -> Found | str:
     if isinstance(question, Unanswered):
         return question.reason
     answer = Answers().answer(question)
-    if record["metric"] == "tpot":
-        return Found(answer.tpot_s * 1e3, answer.tpot_low_s * 1e3, answer.tpot_high_s * 1e3, tuple(sorted(set(answer.sources.values()))))
-    return Found(answer.ttft_s * 1e3, answer.ttft_low_s * 1e3, answer.ttft_high_s * 1e3, tuple(sorted(set(answer.sources.values()))))
+    seconds = (answer.tpot_s, answer.tpot_low_s, answer.tpot_high_s) if record["metric"] == "tpot" else (
+        answer.ttft_s, answer.ttft_low_s, answer.ttft_high_s)
+    value, low, high = (s * 1e3 for s in seconds)
+    return Found(value, low, high, tuple(sorted(set(answer.sources.values()))))
 
 
 def _side(numbers: dict[str, float], role: str, side: Mapping[str, Any]) -> None:

@@ -187,9 +187,9 @@ def question_of(row: Row, base: Path = Path()) -> Question | Unanswered:
         return Unanswered(row, f"mode {texts['mode'][:40]!r} is not known: agg or disagg")
     try:
         model = model_of(texts["model_path"], base)
+        return _pools(row, model)
     except SpecError as error:
-        return Unanswered(row, f"model: {error.problems[0].message}")
-    return _pools(row, model)
+        return Unanswered(row, error.problems[0].message)
 
 
 def _pools(row: Row, model: ModelSpec) -> Question | Unanswered:
@@ -247,7 +247,8 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
     isl, osl = row.count("isl"), row.count("osl")
     drawn = (isl, osl) in _WARM_SHAPES and "auto-gap-analysis" not in row.texts["silicon_data_source"]
     workload = WorkloadSpec(name=row.name[:200], arrivals=Arrivals(kind="closed_loop", concurrency=concurrency),
-                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, _STOP_EARLY.get(engine, 0.0)), requests=10 * concurrency)
+                            isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, _STOP_EARLY.get(engine, 0.0)),
+                            requests=_WAVES * concurrency)
     numbers = row.numbers
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
                     numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES)
