@@ -198,4 +198,4 @@ def _pack(parts: list[torch.Tensor]) -> torch.Tensor:
 def _unpack(packed: torch.Tensor, parts: list[torch.Tensor]) -> None:
     """The inverse of `_pack`, into the tensors."""
     for part, row in zip(parts, packed.split([part.nbytes for part in parts]), strict=True):
-        part.copy_(row.view(part.dtype).view(part.shape))
+        part.copy_(row.clone().view(part.dtype).view(part.shape))  # a copy begins where any type may

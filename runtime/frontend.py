@@ -282,7 +282,7 @@ class Frontend:
         elif event == "totals":
             self.totals[rank] = message
         elif event == "eplb":
-            self.rebalances.append(message)
+            self.rebalances.append({**message, "pool": self.targets.of_leader(rank).pool})
         elif (flight := self._flights.get(message.get("id", -1))) is not None:
             self._hear_flight(flight, message)
 
@@ -323,7 +323,7 @@ class Frontend:
                 self._handovers.begin(flight, blocks)
         if "record" in message:
             self.steps.append({**message["record"], "pool": target.pool, "instance": target.instance, "dp_rank": target.dp_rank,
-                               "rank": target.leader})
+                               "rank": target.leader, "formation": self.formation.number})
 
     # Ends
 

@@ -71,11 +71,12 @@ class StepLoop:
         self._told_to_stop = self._stopped = False
         self._began = self._ended = 0.0
         self._rounds = 0
-        self.working: list[int] = []  # requests of the step under way
+        self.working: list[int] = []  # requests that this rank deals with just now
 
     def run(self) -> None:
         """Take steps until told to stop. Raises PeerLost when another rank is gone."""
         while not self._stopped:
+            self.working = []
             if self._idle:
                 self.clock.mark("idle")
             for message in self.control.drain(wait=self._idle):
@@ -103,6 +104,7 @@ class StepLoop:
         elif op == "lost" and message["formation"] == self.control.formation:
             raise PeerLost(message["error"])
         elif op not in ("wake", "lost") and self._desk is not None:
+            self.working = [message["id"]]
             self._desk.hear(message)
 
     def _round(self) -> None:
@@ -308,13 +310,13 @@ class Desk:
         return [scheduler.num_running, scheduler.num_waiting + len(self._landing) + len(self._asking), self.blocks.usage]
 
     def _add(self, message: Message) -> None:
-        request = LiveRequest.of(message)
-        most = request.generated + 1 if request.hands_over else request.params.max_tokens
         try:
+            request = LiveRequest.of(message)
+            most = request.generated + 1 if request.hands_over else request.params.max_tokens
             self.scheduler.add(request.request_id, request.prompt_len, most, generated_tokens=request.generated,
                                token_ids=request.tokens[:request.prompt_len])
-        except SpecError as err:
-            self.control.send({"ev": "refused", "id": request.request_id, "error": str(err)})
+        except (SpecError, TypeError, ValueError, KeyError) as err:  # this request's trouble alone
+            self.control.send({"ev": "refused", "id": message["id"], "error": str(err)})
             return
         self._requests[request.request_id] = request
 

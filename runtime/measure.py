@@ -17,14 +17,15 @@ from runtime.targets import add_places
 from twin.policy.placement import Placement, rank_load
 from twin.spec.plan import PoolPlan
 from twin.spec.provenance import provenance
-from twin.spec.results import Memory, PoolResult, RequestRecord, RunResult, Series, Summary
+from twin.spec.results import Memory, PoolResult, Rebalance, RequestRecord, RunResult, Series, Summary
 from twin.spec.summarise import counted_window, mark_warmup, summarise
 from twin.spec.workload import WorkloadSpec
 
 Record = dict[str, Any]
 PARTS = {"embed": "embedding", "attention": "attention", "dense_ffn": "ffn/dense", "gate": "moe/gate", "dispatch": "moe/dispatch",
          "experts": "moe/experts", "combine": "moe/combine", "shared_experts": "moe/shared", "head": "head", "sample": "sampling",
-         "draft": "mtp/draft", "graph": "step/graph", "schedule": "host/schedule", "book": "host/book", "wait": "host/wait"}
+         "draft": "mtp/draft", "graph": "step/graph", "schedule": "host/schedule", "book": "host/book", "wait": "host/wait",
+         "migrate": "moe/migrate"}
 """The phases that ranks time, by the names of the cost model's parts."""
 _MAX_TRACE = 20_000
 _SERIES_POINTS = 240
@@ -69,7 +70,8 @@ def measure(frontend: Frontend, workload: WorkloadSpec, sent: Sequence[Flight], 
     summary = summarise(records, workload, gpus=gpus, usd_per_h=usd_per_h, itl_s=Summary.of(gaps))
     steps = group_steps(frontend.steps, start)
     window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
-    pools = tuple(_pool(frontend, index, pool, steps, window, sent, counted) for index, pool in enumerate(frontend.plan.pools))
+    pools = tuple(_pool(frontend, index, pool, steps, window, sent, counted, start)
+                  for index, pool in enumerate(frontend.plan.pools))
     result = RunResult(
         kind="measurement", name=name, model=frontend.model.name, cluster=cluster, plan=frontend.plan,
         provenance=provenance(frontend.model, frontend.plan, workload, seed=seed, command=command,
@@ -85,14 +87,17 @@ def _warnings(frontend: Frontend) -> tuple[str, ...]:
     """Where the run was not what the plan says."""
     runs, asks = frontend.options.dtype, frontend.plan.precision
     other = sorted({f for f in (asks.weights, asks.experts, asks.kv, asks.dispatch) if f != runs})
-    return (f"the plan asks for {', '.join(other)}; the ranks computed, stored and sent {runs}",) if other else ()
+    found = [f"the plan asks for {', '.join(other)}; the ranks computed, stored and sent {runs}"] if other else []
+    found += [f"{r.cause.splitlines()[0]}: {r.world} ranks served {r.ready - r.noticed:.3g} s later" for r in frontend.recoveries]
+    return tuple(found)
 
 
 def group_steps(records: Iterable[Record], start: float) -> list[Step]:
     """Steps in order of time, from the records of their DP ranks (those that had work)."""
-    groups: dict[tuple[int, int, int], list[Record]] = {}
+    groups: dict[tuple[int, int, tuple[int, int]], list[Record]] = {}
     for record in records:
-        groups.setdefault((record["pool"], record["instance"], record["round"]), []).append(record)
+        number = record.get("formation", 0), record["round"]  # rounds are counted anew when ranks re-form
+        groups.setdefault((record["pool"], record["instance"], number), []).append(record)
     steps = []
     for (pool, instance, _), ranks in groups.items():
         names = sorted({name for rank in ranks for name in rank["parts"]})
@@ -124,7 +129,7 @@ def _instance_numbers(frontend: Frontend) -> dict[tuple[int, int], int]:
 
 
 def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step], window: tuple[float, float],
-          sent: Sequence[Flight], counted: set[int]) -> PoolResult:
+          sent: Sequence[Flight], counted: set[int], start: float) -> PoolResult:
     mine = [s for s in steps if s.pool == index]
     shown = [s for s in mine if window[0] < s.end_s <= window[1]] if window[1] > window[0] else mine
     span = window[1] - window[0] if window[1] > window[0] else max((s.end_s for s in mine), default=0.0)
@@ -142,7 +147,7 @@ def _pool(frontend: Frontend, index: int, pool: PoolPlan, steps: Sequence[Step],
         preemptions=sum(f.preemptions for f in sent if (f.decoder or f.entry).pool == index),
         breakdown_s={name: _mean([s.parts.get(name, 0.0) for s in shown]) for name in names},
         sources=dict.fromkeys(names, "measured"), memory=_memory(frontend, index, pool),
-        expert_load=_expert_load(frontend, index, pool),
+        expert_load=_expert_load(frontend, index, pool), rebalances=_rebalances(frontend, index, start),
         kv_transfer_s=Summary.of([f.transfer[1] - f.transfer[0] for f in moved if f.transfer and f.request_id in counted])
         if pool.role != "mixed" else None,
         kv_transfer_bytes=float(frontend.moved_bytes) if pool.role == "prefill" else 0.0, mtp_accepted=draft_shares(shown))
@@ -172,16 +177,28 @@ def _memory(frontend: Frontend, index: int, pool: PoolPlan) -> Memory | None:
                   free_bytes=max(0.0, total - dense - experts - kv), kv_tokens=blocks * pool.block_tokens, kv_blocks=blocks)
 
 
+def _rebalances(frontend: Frontend, index: int, start: float) -> tuple[Rebalance, ...]:
+    """The pool's cycles of rebalancing, as its ranks told of them."""
+    return tuple(Rebalance(
+        start_s=m["start"] - start, end_s=m["end"] - start, steps=m["last_round"] - m["first_round"], layers=m["layers"],
+        copies=m["copies"], moved_bytes=float(m["bytes"]), imbalance_before=m["imbalance_before"],
+        imbalance_after=m["imbalance_after"], gain_s_per_step=m["gain_s_per_step"], cost_s=m["cost_s"], solve_s=m["solve_s"])
+        for m in frontend.rebalances if m["pool"] == index)
+
+
 def _expert_load(frontend: Frontend, index: int, pool: PoolPlan) -> tuple[tuple[float, ...], ...] | None:
     """Tokens sent to every EP rank, relative to the mean of its layer, over the whole run; replicas share evenly."""
-    slots = place(frontend.model, pool)
+    slots, ep = place(frontend.model, pool), pool.ep
     ranks = [r for t in frontend.targets.targets if t.pool == index for r in t.tp_ranks if r in frontend.totals]
     if slots is None or not ranks:
         return None
     load_LE = np.sum([frontend.totals[r]["expert_load"] for r in ranks], axis=0).astype(float)
     if not load_LE.sum():
         return None
-    load_LR = rank_load(load_LE, Placement(np.array(slots), pool.ep))
+    for target in frontend.targets.targets:  # where experts were moved, where they ended
+        if target.pool == index and "placement" in frontend.totals.get(target.leader, {}):
+            slots, ep = frontend.totals[target.leader]["placement"], target.plan.ep
+    load_LR = rank_load(load_LE, Placement(np.array(slots), ep))
     return tuple(tuple(round(float(x), 6) for x in row / max(row.mean(), 1e-12)) for row in load_LR)
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from chaos_kit import OUTPUT, REQUESTS, Story, plan_of, run_with_faults
 from runtime_checkpoints import NEW_TOKENS, Checkpoint, Checkpoints
 
+from runtime.flight import Flight
+from runtime.frontend import Frontend
+from runtime.options import EngineOptions
+from runtime.types import SamplingParams
+from twin.spec.errors import SpecError
 from twin.spec.plan import Plan
 
 TIMEOUT_S = 3.0
@@ -49,6 +56,44 @@ def test_two_losses_and_an_error_in_one_run(checkpoints: Checkpoints, undisturbe
     assert sorted(r.lost for r in story.recoveries) == [(), (1,), (2,)]
     assert story.recoveries[-1].world == 1
     assert len(story.tokens) == REQUESTS
+
+
+def test_a_request_that_breaks_the_step_fails_alone(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch is found out by trying the others again; a request that a rank cannot even read is refused at once."""
+    made, message = checkpoints["qwen3_moe"], Flight.message
+    unreadable, breaking = [5, 5, 5], [7, 7, 7]
+
+    def spoilt(flight: Flight, op: str, **more: object) -> dict[str, object]:
+        found = message(flight, op, **more)
+        if flight.prompt == breaking:
+            return {**found, "seed": "no number", "params": {**found["params"], "temperature": 1.0}}
+        return {**found, "params": {}} if flight.prompt == unreadable else found
+
+    monkeypatch.setattr(Flight, "message", spoilt)
+
+    async def run() -> None:
+        frontend = Frontend(plan_of({"role": "mixed", "dp": 2, "ep": 2}), made.model,
+                            EngineOptions(checkpoint=str(made.folder), recover=True))
+        await frontend.start()
+
+        async def ask(prompt: list[int], reasons: set[str | None]) -> list[int]:
+            events = [event async for event in frontend.submit(prompt, SamplingParams(max_tokens=NEW_TOKENS))]
+            assert events[-1].finish_reason in reasons, (prompt, events)
+            return [event.token_id for event in events]
+
+        try:
+            with pytest.raises(SpecError):
+                await ask(unreadable, set())
+            good = [ask(prompt, {"length"}) for prompt in made.prompts]
+            *tokens, _ = await asyncio.wait_for(asyncio.gather(*good, ask(breaking, {"error"})), 40)
+            assert tokens == made.tokens
+            assert 1 <= len(frontend.recoveries) <= 3
+            assert all(not r.lost and r.world == 2 for r in frontend.recoveries), "nobody is lost to a bad request"
+            assert await ask(made.prompts[0], {"length"}) == made.tokens[0]
+        finally:
+            await frontend.stop()
+
+    asyncio.run(run())
 
 
 CHAOS = [(MIXED, f"{rank}:{point}:{how}:{nth}") for rank, point, how, nth in (

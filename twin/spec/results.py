@@ -122,6 +122,25 @@ class Memory(Spec):
     kv_blocks: int
 
 
+class Rebalance(Spec):
+    """One decision of online rebalancing and what came of it: expert weights moved (0 when it did not pay) over `steps` steps
+    in which the instance served on. Imbalances are the fullest EP rank over the mean, a mean over layers: as it was, and as
+    the new placement makes it for the same loads. `gain_s_per_step` and `cost_s` (of moving) decided; `solve_s` is the
+    time it took to."""
+
+    start_s: float
+    end_s: float
+    steps: int
+    layers: int
+    copies: int
+    moved_bytes: float
+    imbalance_before: float
+    imbalance_after: float
+    gain_s_per_step: float
+    cost_s: float
+    solve_s: float
+
+
 class PoolResult(Spec):
     """One pool's behaviour. `breakdown_s` is the mean seconds of a step by operator path ("attention/kv_read");
     `sources` says where each came from. `expert_load` is [layers][ranks] relative to the mean (1.0 = balanced).
@@ -147,6 +166,7 @@ class PoolResult(Spec):
     expert_load: tuple[tuple[float, ...], ...] | None = None
     kv_transfer_s: Summary | None = None
     kv_transfer_bytes: float = 0.0
+    rebalances: tuple[Rebalance, ...] = ()
     mtp_accepted: tuple[float, ...] | None = None
 
 
