@@ -19,7 +19,8 @@ FIT = {
 
 
 def write(path, **changes):
-    pool = {"pool": 0, "role": "mixed", "dp": 2, "tp": 1, "ep": 2, "samples": [], "fit": FIT, "fit_error": {"median": 0.05, "p90": 0.1}}
+    errors = {"median": 0.05, "p90": 0.1}
+    pool = {"pool": 0, "role": "mixed", "dp": 2, "tp": 1, "ep": 2, "samples": [], "fit": FIT, "fit_error": errors}
     one = {
         "format": "eptwin-steps-1", "model": "tiny-moe", "dtype": "fp32", "device": "cpu", "threads": 1, "frontend_s": 0.001,
         "pools": [{**pool, **changes}], "provenance": {"tool_version": "0"},
@@ -32,7 +33,7 @@ def test_a_step_is_the_sum_of_its_terms(tmp_path):
     scenario = load_scenario("tiny_cpu", [f"profile={write(tmp_path / 'steps.json')}"])
     costs = pool_costs(scenario, scenario.plan, scenario.plan.pools[0])
     assert isinstance(costs, CalibratedSteps) and costs.frontend_s == 0.001
-    batch = StepBatch(np.array([3.0, 5.0]), np.array([30.0, 50.0]), np.array([64.0, 0.0]), np.array([2048.0, 0.0]), np.array([1.0, 0.0]))
+    batch = StepBatch(*(np.array(ranks) for ranks in ([3.0, 5.0], [30.0, 50.0], [64.0, 0.0], [2048.0, 0.0], [1.0, 0.0])))
     expected = 0.01 + 0.002 + 5e-4 + 50e-6 + 64e-4 + 2048e-8 + 1e-3 + 4 * 2e-4 + 32 * 3e-4
     cost = costs.step(batch)
     assert costs.step_s(batch) == pytest.approx(expected) == pytest.approx(cost.total_s)
