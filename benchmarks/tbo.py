@@ -1,12 +1,13 @@
-"""What two-batch overlap gains: the same steps whole and in two halves, by turns, in one instance of real ranks.
+"""What two-batch overlap gains: the same steps whole, in two halves one after the other, and in two halves that overlap.
 
     python -m benchmarks.tbo --json benchmarks/results/cpu_tbo.json
     python -m benchmarks.tbo --device cuda --model qwen3-30b-a3b --dp 4 --ep 4 --shape 4096:0 --shape 0:128
 
 A shape is PROMPT:DECODES: one prompt chunk of so many tokens and so many decodes (of 64 tokens each) on every rank. A step
-takes as long as its slowest rank; a barrier comes before every step. The gain is that of medians; that of the fastest
-quarter of steps stands beside it, for machines that others use as well. `exposed_s` is what rank 0 spent in dispatch and
-combine, waiting included. A gain below zero is a loss.
+takes as long as its slowest rank; a barrier comes before every step; the three kinds go by turns, and the fastest quarter of
+steps counts, for machines that others use as well. `gain` is of halves that overlap over the whole step; `overlap_gain` over
+the same halves one after the other, which is what overlap itself is worth. Below zero is a loss. `exposed_s` is what rank 0
+spent in dispatch and combine, waiting included.
 """
 
 from __future__ import annotations
@@ -52,26 +53,38 @@ def segments_of(prompt: int, decodes: int) -> list[Segment]:
     return found + chunk
 
 
-def time_steps(rank: Rank, clock: Clock, segments: list[Segment], steps: int) -> tuple[dict[bool, list[float]], Json]:
-    """Seconds of every step of the slowest rank, and mean seconds by phase here; whole (False) and halved (True)."""
-    parts = {False: [segments], True: list(halve(segments))}
-    took: dict[bool, list[float]] = {False: [], True: []}
-    phases: dict[bool, dict[str, float]] = {False: {}, True: {}}
+KINDS = ("whole", "apart", "overlapped")
+
+
+def time_steps(rank: Rank, clock: Clock, segments: list[Segment], steps: int) -> Json:
+    """Of each kind: seconds of every step of the slowest rank, and mean seconds by phase here."""
+    found: Json = {kind: {"steps_s": [], "phases_s": {}} for kind in KINDS}
     capacity = -(-sum(len(s.token_ids) for s in segments) // rank.at.tp)
-    for turn in range(2 * (steps + 2)):
-        halved = turn % 2 == 1
+    for turn in range(len(KINDS) * (steps + 2)):
+        kind = KINDS[turn % len(KINDS)]
+        parts = [segments] if kind == "whole" else list(halve(segments))
         rank.groups.control.all_reduce(torch.zeros(1))
         clock.take()
         began = time.perf_counter()
-        inputs = [make_step(part, BLOCK, rank.device) for part in parts[halved]]
-        states = rank.transformer.hidden(inputs, rank.kv, -(-capacity // 2) if halved else capacity)
+        inputs = [make_step(part, BLOCK, rank.device) for part in parts]
+        for together in [inputs] if kind == "overlapped" else [[one] for one in inputs]:
+            states = rank.transformer.hidden(together, rank.kv, capacity if kind == "whole" else -(-capacity // 2))
         float(states[-1, 0])  # waits for the device
         seconds = rank.groups.control.all_gather(torch.tensor([time.perf_counter() - began])).max()
-        if turn >= 4:  # the first of each kind warm up
-            took[halved].append(float(seconds))
+        if turn >= 2 * len(KINDS):  # the first of each kind warm up
+            found[kind]["steps_s"].append(float(seconds))
+            phases = found[kind]["phases_s"]
             for phase, spent in clock.take().items():
-                phases[halved][phase] = phases[halved].get(phase, 0.0) + spent / steps
-    return took, {"whole": phases[False], "halved": phases[True]}
+                phases[phase] = phases.get(phase, 0.0) + spent / steps
+    return found
+
+
+def row_of(prompt: int, decodes: int, found: Json) -> Json:
+    """One shape's figures."""
+    fast = {kind: statistics.quantiles(found[kind]["steps_s"], n=4)[0] for kind in KINDS}
+    exposed = {kind: found[kind]["phases_s"].get("dispatch", 0.0) + found[kind]["phases_s"].get("combine", 0.0) for kind in KINDS}
+    return {"prompt_tokens": prompt, "decodes": decodes, "step_s": fast, "gain": fast["whole"] / fast["overlapped"] - 1,
+            "overlap_gain": fast["apart"] / fast["overlapped"] - 1, "exposed_s": exposed, "kinds": found}
 
 
 def run_rank(number: int, world: int, store: str, ask: Json, pipe: Any) -> None:
@@ -86,15 +99,8 @@ def run_rank(number: int, world: int, store: str, ask: Json, pipe: Any) -> None:
                             dtype="bf16" if ask["device"] == "cuda" else "fp32", graphs=False)
     rank = build_rank(model, plan, options, number, clock.mark)
     clock.mark("idle")
-    rows = []
-    for prompt, decodes in ask["shapes"]:
-        took, phases = time_steps(rank, clock, segments_of(prompt, decodes), ask["steps"])
-        whole, halved = statistics.median(took[False]), statistics.median(took[True])
-        fast = {kind: statistics.quantiles(seconds, n=4)[0] for kind, seconds in took.items()}
-        exposed = {kind: parts.get("dispatch", 0.0) + parts.get("combine", 0.0) for kind, parts in phases.items()}
-        rows.append({"prompt_tokens": prompt, "decodes": decodes, "whole_s": whole, "halved_s": halved,
-                     "gain": whole / halved - 1, "gain_of_fastest": fast[False] / fast[True] - 1, "exposed_s": exposed,
-                     "phases_s": phases, "steps_s": {"whole": took[False], "halved": took[True]}})
+    rows = [row_of(prompt, decodes, time_steps(rank, clock, segments_of(prompt, decodes), ask["steps"]))
+            for prompt, decodes in ask["shapes"]]
     pipe.send(rows)
     os._exit(0)  # groups need no farewell
 
@@ -127,10 +133,10 @@ def main(name: str | None, device: str, dp: int, tp: int, ep: int, shapes: tuple
         for rank in ranks:
             rank.join()
     for row in rows:
-        exposed = row["exposed_s"]
-        click.echo(f"{row['prompt_tokens']:>5} prompt + {row['decodes']:>3} decodes: whole {row['whole_s'] * 1e3:.2f} ms, "
-                   f"halved {row['halved_s'] * 1e3:.2f} ms, gain {row['gain']:+.1%} (fastest {row['gain_of_fastest']:+.1%}); "
-                   f"in dispatch and combine {exposed['whole'] * 1e3:.2f} -> {exposed['halved'] * 1e3:.2f} ms")
+        times = ", ".join(f"{kind} {row['step_s'][kind] * 1e3:.2f} ms (exposed {row['exposed_s'][kind] * 1e3:.2f})"
+                          for kind in KINDS)
+        click.echo(f"{row['prompt_tokens']:>5} prompt + {row['decodes']:>3} decodes: {times}; gain {row['gain']:+.1%}, "
+                   f"of overlap itself {row['overlap_gain']:+.1%}")
     if out is not None:
         about = {"model": model.name, "dp": dp, "tp": tp, "ep": ep, "device": device, "cores": os.cpu_count(),
                  "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(sys.argv[1:])}

@@ -61,7 +61,7 @@ class StepLoop:
     """Runs until `stop`. Leaders (the first TP rank of a DP rank) schedule and sample; their TP peers follow."""
 
     def __init__(self, rank: Rank, control: Control, clock: Clock, *, record: bool) -> None:
-        self.rank, self.control, self.clock, self._record = rank, control, clock, record
+        self.rank, self.control, self.clock, self.record = rank, control, clock, record
         self._desk = Desk(rank, control) if rank.at.is_leader else None
         self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within,
                                                                  alone=rank.at.world == 1)
@@ -129,7 +129,7 @@ class StepLoop:
             return
         self._rounds += 1
         if self._rebalancer is not None:
-            if not self._record:
+            if not self.record:
                 self.clock.take()
             self._rebalancer.step(agreed.milestone)
         self.working = [*plan.decode, *(chunk.request_id for chunk in plan.prefill)]
@@ -150,7 +150,7 @@ class StepLoop:
             record = self._step_record(plan, segments)
             self.clock.mark("book")
             self._desk.book(plan, taken, scheduled_at, record)
-        elif self._record:
+        elif self.record:
             self.clock.take()
             self._ended = time.monotonic()
 
@@ -196,7 +196,7 @@ class StepLoop:
 
     def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:
         """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
-        if not self._record:
+        if not self.record:
             return None
         self._ended = time.monotonic()
         parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
