@@ -47,7 +47,7 @@ class Rebalancer:
         self._copy_bytes = sum(part.nbytes for part in self._parts(self._ffns[0], 0)) * rank.at.expert_tp
         self._base: tuple[torch.Tensor, float] | None = None
         self._rounds = self._allowed_from = 0
-        self._moved_bytes, self._moving_s = 0, 0.0
+        self._fastest = 0, 0.0  # bytes and seconds of the copy that went best: others waited for their turn
         self._decision: Decision | None = None
         self._staged: tuple[int, dict[int, torch.Tensor]] | None = None
         self._news: dict[str, Any] = {}
@@ -117,8 +117,7 @@ class Rebalancer:
 
     def _rebalance(self, load_LE: torch.Tensor, experts_s: float) -> None:
         at, began = self._rank.at, time.monotonic()
-        seen = Seen(load_LE.cpu().numpy().astype(np.float64), experts_s, self._how.window_steps, float(self._moved_bytes),
-                    self._moving_s)
+        seen = Seen(load_LE.cpu().numpy().astype(np.float64), experts_s, self._how.window_steps, *map(float, self._fastest))
         summed = self._group.all_reduce(torch.from_numpy(seen.pack())).numpy()
         now = Placement(np.array(self._placement()), at.ep)
         made = self._decision = decide(seen.unpack(summed), now, self._rank.pool, self._groups, self._copy_bytes, at.world)
@@ -151,8 +150,8 @@ class Rebalancer:
             elif copy.source == at.ep_rank:
                 packed = _pack(self._parts(ffn, copy.source_slot - first))
                 guarded(partial(dist.send, packed, self._peer(copy.target), group=self._group.pg))
-                self._moved_bytes += packed.numel()
-                self._moving_s += time.monotonic() - began
+                took = packed.numel(), time.monotonic() - began
+                self._fastest = took if not self._fastest[0] else min(self._fastest, took, key=lambda one: one[1] / one[0])
         return rows
 
     def _peer(self, ep_rank: int) -> int:

@@ -113,6 +113,10 @@ class Handovers:
         self._tag = 0
         self.moved_bytes = 0
 
+    def start_over(self, targets: Targets) -> None:
+        """Nothing is on its way any more; go on among other targets."""
+        self._targets = targets
+
     def begin(self, flight: Flight, blocks: list[int]) -> None:
         """The prompt is computed and held at the entry: ask a decode rank for room."""
         flight.decoder = self._targets.choose_decoder(len(flight.prompt))

@@ -58,8 +58,7 @@ class Frontend:
         self.totals: dict[int, Message] = {}
         self.steps: list[Message] = []
         self.finished_flights: list[Flight] = []
-        self.recoveries: list[Recovered] = []
-        self.rebalances: list[Message] = []
+        self.recoveries, self.rebalances = list[Recovered](), list[Message]()
         self.failure: EptwinError | None = None
         self._admission = Admission(plan.max_outstanding or _MAX_OUTSTANDING)
         self._ends: deque[float] = deque(maxlen=64)
@@ -262,6 +261,8 @@ class Frontend:
                     self._hear(seat, {**message, "rank": self.formation.seats.index(seat)})
         except ConnectionError:
             pass  # the watch knows better why a rank is gone
+        finally:
+            writer.close()
 
     def _hear(self, seat: int, message: Message) -> None:
         event, rank = message["ev"], message["rank"]
@@ -370,8 +371,7 @@ class Frontend:
         plan = self.formation.plan
         self.recoveries.append(done)
         self.targets = Targets(plan, layouts(plan, self.model), self.options.seed, self.formation.origins)
-        moved, self._handovers = self._handovers.moved_bytes, Handovers(self.model, self.targets, self._send, self._wake)
-        self._handovers.moved_bytes = moved
+        self._handovers.start_over(self.targets)
         self.max_context = min(message["max_context"] for message in self.ready.values())
         self._recovering = None
         for flight in list(self._flights.values()):

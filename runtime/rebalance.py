@@ -22,7 +22,7 @@ FIRST_BYTES_PER_S = 1e9
 
 @dataclass(frozen=True)
 class Seen:
-    """What the ranks saw in a window, summed over them: tokens by expert, seconds in experts, migrations so far."""
+    """What the ranks saw in a window, summed over them: tokens by expert, seconds in experts, the copies that went best."""
 
     load_LE: NDArray[np.float64]
     experts_s: float

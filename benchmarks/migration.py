@@ -1,0 +1,111 @@
+"""What moving experts costs the steps beside it: an instance under constant load, its routing shifted again and again.
+
+    python -m benchmarks.migration --json benchmarks/results/cpu_migration.json
+
+Streams of requests keep every place of the batch taken. Their prompts are one token repeated, another one every few
+seconds, each token takes one expert, so loads are skewed and change, and experts move; decode steps while a migration is
+under way are held against those while none is, in the same run. Throughput is their number of steps a second: the batch
+is the same. The same run without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.frontend import Frontend
+from runtime.options import EngineOptions
+from runtime.types import SamplingParams
+from twin.spec.load import load_scenario
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Eplb, Plan, PoolPlan
+from twin.spec.rundir import write_text
+
+SEQUENCES, ISL, OSL = 8, 8, 120
+_SHIFT_S = 4.0
+
+
+@click.command()
+@click.option("--seconds", default=40.0, show_default=True, help="Length of each of the two runs.")
+@click.option("--period", "period_steps", default=150, show_default=True, help="Steps between decisions.")
+@click.option("--budget", "budget_bytes", default=1 << 18, show_default=True, help="Bytes that may move a step.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here.")
+def main(seconds: float, period_steps: int, budget_bytes: int, out: Path | None) -> None:
+    """Measure and print."""
+    model = load_scenario("tiny_cpu").model
+    assert model.moe is not None
+    model = model.model_copy(update={"moe": model.moe.model_copy(update={"top_k": 1})})
+    eplb = Eplb(window_steps=period_steps // 2, period_steps=period_steps, budget_bytes=budget_bytes)
+    figures = {"machine": {"cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}, "model": model.name,
+               "sequences": SEQUENCES, "eplb": eplb.model_dump(),
+               "with": asyncio.run(measure(model, plan_of(model, eplb), seconds)),
+               "without": asyncio.run(measure(model, plan_of(model, None), seconds))}
+    print(json.dumps({k: v for k, v in figures.items() if k != "cycles"}, indent=1))
+    if out is not None:
+        write_text(out, json.dumps(figures, indent=1) + "\n")
+
+
+def plan_of(model: ModelSpec, eplb: Eplb | None) -> Plan:
+    """Two ranks, experts spread over them, two spare slots each."""
+    pool = PoolPlan(role="mixed", dp=2, ep=2, max_num_seqs=SEQUENCES // 2, max_batch_tokens=64, chunk_tokens=32, block_tokens=16,
+                    kv_blocks=256, redundant_experts=4, eplb=eplb, comm="gloo")
+    return Plan(pools=(pool,))
+
+
+async def measure(model: ModelSpec, plan: Plan, seconds: float) -> dict[str, Any]:
+    """Step times of one run, and its cycles of rebalancing."""
+    frontend = Frontend(plan, model, EngineOptions(record=True, threads=1))
+    await frontend.start()
+    try:
+        until = time.monotonic() + seconds
+        await asyncio.gather(*(_stream(frontend, model, i, until) for i in range(SEQUENCES)))
+    finally:
+        await frontend.stop()
+    return figures_of(frontend.steps, frontend.rebalances)
+
+
+async def _stream(frontend: Frontend, model: ModelSpec, number: int, until: float) -> None:
+    while time.monotonic() < until:
+        token = (7919 * int(time.monotonic() / _SHIFT_S) + number // 4) % model.vocab
+        async for _ in frontend.submit([token] * ISL, SamplingParams(max_tokens=OSL, ignore_eos=True)):
+            pass
+
+
+def figures_of(steps: Sequence[dict[str, Any]], cycles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of full decode steps in and out of migrations; what moved."""
+    moved = [c for c in cycles if c["copies"]]
+    inside: list[float] = []
+    outside: list[float] = []
+    for step in steps:
+        if step["rank"] or step["prefill_seqs"] or step["decode_seqs"] < SEQUENCES // 2:
+            continue
+        moving = any(c["first_round"] < step["round"] <= c["last_round"] for c in moved)
+        (inside if moving else outside).append(step["end"] - step["start"])
+    found: dict[str, Any] = {"steps": len(outside), "step_s": _summary(outside), "decisions": len(cycles)}
+    if inside:
+        pace = {name: found["step_s"][name] / _summary(inside)[name] for name in ("mean", "p50", "fast_quarter")}
+        found |= {"migrating_steps": len(inside), "migrating_step_s": _summary(inside), "throughput_while_migrating": pace,
+                  "migrations": len(moved), "bytes": sum(c["bytes"] for c in moved),
+                  "steps_per_migration": statistics.mean(c["last_round"] - c["first_round"] for c in moved),
+                  "imbalance_before": statistics.mean(c["imbalance_before"] for c in moved),
+                  "imbalance_after": statistics.mean(c["imbalance_after"] for c in moved),
+                  "solve_s": statistics.median(c["solve_s"] for c in cycles)}
+    return found
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    quarter = ordered[:max(1, len(ordered) // 4)]
+    return {"mean": statistics.mean(ordered), "p50": statistics.median(ordered), "fast_quarter": statistics.mean(quarter)}
+
+
+if __name__ == "__main__":
+    main()
