@@ -39,7 +39,7 @@ SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "
                            "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
 _WAVES = 10  # requests of each user that InferenceX counts, and what we take where a test does not say
 # How much before the nominal length outputs end in tests of fixed lengths: users stay mostly in step with each other, but not
-# quite. Chosen on the fit half.
+# quite. Swept on a third of the rows of both halves, so it is not held out.
 _STOP_EARLY = {"vllm": 0.1, "trtllm": 0.04}
 _WARM_SHAPES = {(1024, 1024), (1024, 8192), (8192, 1024)}  # lengths of InferenceX, which draws them from 0.8 to 1.0 of these
 
