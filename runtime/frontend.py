@@ -364,9 +364,9 @@ class Frontend:
         """Form anew, then go on with every request."""
         try:
             self.ready, done = await self._recovery.run(self.formation, self._begin)
-        except EptwinError as failure:
+        except Exception as error:  # nothing must leave clients waiting for a recovery that is over
             self._recovering = None
-            self._fail(failure)
+            self._fail(error if isinstance(error, EptwinError) else RankFailed(f"re-form: {error!r}", rank=0, where="reform"))
             return
         plan = self.formation.plan
         self.recoveries.append(done)
