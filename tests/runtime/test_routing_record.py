@@ -14,7 +14,7 @@ from runtime.comm.group import solo
 from runtime.model.transformer import add_pairs
 from runtime.offline import run_workload
 from runtime.options import EngineOptions
-from runtime.routing_record import summarise_pairs
+from runtime.routing_record import summarise_pairs, write_routing
 from twin.cost.routing import popularity
 from twin.sim import simulate
 from twin.spec.errors import SpecError
@@ -27,34 +27,33 @@ LOAD = WorkloadSpec(name="short", requests=6, arrivals=Arrivals(kind="closed_loo
                     isl=Lengths(kind="fixed", mean=20.0), osl=Lengths(kind="fixed", mean=6.0))
 
 
-@pytest.mark.parametrize("ending", ["json", "csv"])
-def test_a_run_is_recorded_and_simulated(checkpoints: Checkpoints, tmp_path: Path, ending: str) -> None:
+def test_a_run_is_recorded_and_simulated(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every token that was computed chose top-k experts in every layer; the simulation of the same plan reads the file."""
     made = checkpoints["qwen3_moe"]
     assert made.model.moe is not None
-    file = tmp_path / f"routing.{ending}"
+    file, table = tmp_path / "routing.json", tmp_path / "routing.csv"
     pool = PoolPlan(role="mixed", dp=2, ep=2, block_tokens=4, kv_blocks=64, max_num_seqs=4, max_batch_tokens=32, chunk_tokens=16)
     plan = Plan(pools=(pool,))
     run_workload(plan, made.model, LOAD, EngineOptions(checkpoint=str(made.folder), record_routing=str(file)), seed=3)
-    rows = json.loads(file.read_text())["loads"] if ending == "json" else \
-        [[int(cell) for cell in line.split(",")] for line in file.read_text().splitlines()]
-    load_LE = np.array(rows)
+    found = json.loads(file.read_text())
+    load_LE = np.array(found["loads"])
     assert load_LE.shape == (made.model.moe_layers, made.model.moe.experts)
     warm_up = 2 * 4 * (20 + 6 - 1)
     computed = 6 * (20 + 6 - 1)  # the last token of a request is not computed any further
     assert (load_LE.sum(axis=1) == (computed + warm_up) * made.model.moe.top_k).all()
+    write_routing(str(table), [{"expert_load": found["loads"]}], made.model.name)
     routing = Routing(kind="matrix", file=str(file))
-    assert np.allclose(popularity(made.model, routing), load_LE / load_LE.sum(axis=1, keepdims=True))
+    for one in (routing, Routing(kind="matrix", file=str(table))):
+        assert np.allclose(popularity(made.model, one), load_LE / load_LE.sum(axis=1, keepdims=True))
     asked = {"model": made.model, "workload": LOAD, "routing": routing, "plan": plan}
     question = load_scenario("tiny_cpu").model_copy(update=asked)
     seen = simulate(question, plan).result.pools[0].expert_load
     halves_LR = load_LE.reshape(len(load_LE), 2, -1).sum(axis=2)
     assert seen is not None
     assert np.allclose(np.array(seen), halves_LR / halves_LR.mean(axis=1, keepdims=True), rtol=0.2)
-    if ending == "json":
-        for layer, row in zip(json.loads(file.read_text())["pairs"], load_LE, strict=True):
-            assert layer
-            assert all(a < b and 0 < n <= min(row[a], row[b]) and lift > 1 for a, b, n, lift in layer)
+    for layer, row in zip(found["pairs"], load_LE, strict=True):
+        assert layer
+        assert all(a < b and 0 < n <= min(row[a], row[b]) and lift > 1 for a, b, n, lift in layer)
 
 
 def test_pairs_beyond_chance() -> None:
