@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netlab.cases import LABS
-from benchmarks.netlab.lab import LabError, remove_all, require
+from benchmarks.netlab.lab import LabError, alone, go_first, remove_all, require
 from benchmarks.netlab.study import fit, halves, measure, rows, summary
 from twin.spec.rundir import write_text
 
@@ -32,8 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         require()
         if asked.clean:
-            remove_all()
+            with alone():
+                remove_all()
             return 0
+        go_first()
         return _study(asked)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Crew:
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:
-            rank.wait(timeout=10)
+            with suppress(BrokenPipeError):  # closes both pipes
+                rank.communicate(timeout=10)
         self._log.close()
 
     def _hear(self, rank: int) -> Json:

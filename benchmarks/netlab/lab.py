@@ -8,6 +8,7 @@ Every egress has the rate of its link (tc htb), shared evenly by the connections
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -119,6 +120,17 @@ def require() -> None:
         _run(["ip", "netns", "del", probe], check=False)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold the machine's one lab. Raises LabError while another process does."""
+    with Path(f"/run/{PREFIX}lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LabError("another netlab stands on this machine") from None
+        yield
+
+
 def remove_all() -> None:
     """Delete every namespace that has the lab's prefix, with its links."""
     listed = _run(["ip", "netns", "list"], check=False).split("\n")
@@ -141,7 +153,7 @@ class Lab:
         names += [f"{PREFIX}leaf{leaf}" for leaf in self.leaves]
         if self.spec.ranks_per_host > 1:
             names += [f"{PREFIX}nv{host}" for host in range(self.spec.hosts)]
-        return names + [f"{PREFIX}spine"]
+        return [*names, f"{PREFIX}spine"]
 
     def build(self) -> None:
         """Namespaces and veth links; delayed links are made by the delay line, which must run before `wire`."""
@@ -205,6 +217,11 @@ class Lab:
 @contextmanager
 def lab(spec: LabSpec) -> Iterator[Lab]:
     """A standing lab; leftovers of earlier ones go first, and it goes at the end whatever happens."""
+    with alone():
+        yield from _standing(spec)
+
+
+def _standing(spec: LabSpec) -> Iterator[Lab]:
     remove_all()
     made = Lab(spec)
     line: subprocess.Popen[bytes] | None = None
@@ -217,7 +234,7 @@ def lab(spec: LabSpec) -> Iterator[Lab]:
     finally:
         if line is not None:
             line.terminate()
-            line.wait(timeout=10)
+            line.communicate(timeout=10)
         remove_all()
 
 
@@ -302,14 +319,14 @@ def shaping(device: str, bit_per_s: float, pairs: Sequence[tuple[int, int]]) -> 
 
 
 def _batch(namespace: str, lines: Sequence[str]) -> None:
-    done = subprocess.run(["tc", "-n", namespace, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True,
-                          timeout=20)
+    done = subprocess.run(["tc", "-n", namespace, "-batch", "-"], check=False, input="\n".join(lines), text=True,
+                          capture_output=True, timeout=20)
     if done.returncode:
         raise LabError(f"tc in {namespace}: {done.stderr.strip()}")
 
 
 def _run(command: list[str], *, check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     if check and done.returncode:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
     return done.stdout
