@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow gpu-test check install clean
+.PHONY: demo test test-slow gpu-test netlab check install clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/eptwin demo --out run/demo
@@ -18,6 +18,9 @@ test-slow: $(VENV)/.dev
 
 gpu-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu tests/runtime -rs
+
+netlab: $(VENV)/.runtime
+	$(BIN)/python -m benchmarks.netlab
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
