@@ -9,6 +9,7 @@ from twin.sim import simulate
 from twin.spec.plan import Plan
 from twin.spec.results import RunResult, Summary
 from twin.spec.scenario import Scenario
+from twin.spec.units import format_s
 from twin.spec.workload import Slo, WorkloadSpec
 
 
@@ -85,7 +86,7 @@ def missed(result: RunResult, slo: Slo) -> str:
     ):
         value = percentile(summary, slo.percentile)
         if limit is not None and value is not None and value > limit:
-            return f"{name} p{slo.percentile:g} {value * 1e3:.4g} ms exceeds {limit * 1e3:.4g} ms by {value / limit - 1:.0%}"
+            return f"{name} p{slo.percentile:g} {format_s(value)} exceeds {format_s(limit)} by {value / limit - 1:.0%}"
     return ""
 
 
