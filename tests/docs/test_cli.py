@@ -83,7 +83,8 @@ def test_simulate_writes_a_run_directory(tmp_path):
     }
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
     page = (out / "report.html").read_bytes()
-    again = eptwin("report", str(out))
+    again = eptwin("report", str(out), "--csv", str(tmp_path / "tables"))
+    assert len((tmp_path / "tables" / "requests.csv").read_text().splitlines()) == 41
     assert again.returncode == 0 and (out / "report.html").read_bytes() == page
     assert again.stdout.strip() == str(out / "report.html")
     for kind, word in (

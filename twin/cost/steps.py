@@ -111,17 +111,6 @@ class CalibrationFile(Spec):
         found = [c.frontend_s for c in self.calibrations if c.model == model]
         return float(np.median(found)) if found else 0.0
 
-    def handover_s(self, model: str, tokens: int) -> float | None:
-        """Seconds to hand over a prompt of `tokens`: the line through the measured transfers, None without any."""
-        pairs = [(h.tokens, h.seconds) for c in self.calibrations if c.model == model for h in c.handovers]
-        if not pairs:
-            return None
-        x, y = np.array(pairs, dtype=float).T
-        if len(np.unique(x)) < 2:
-            return float(np.median(y))
-        slope, start = np.polyfit(x, y, 1)
-        return float(max(y.min(), start + slope * tokens))
-
 
 def is_calibration(path: Path) -> bool:
     """Whether a file says that it holds calibrated steps (an engine profile of operators says otherwise)."""

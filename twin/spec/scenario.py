@@ -17,7 +17,7 @@ Degrees = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(mi
 
 class Routing(Spec):
     """How uneven experts are. uniform; zipf with `alpha`; lognormal with `sigma`; matrix from `file` (CSV, a row a
-    layer, a column an expert). `layer_correlation` 0..1 is unused popularity shared between layers."""
+    layer, a column an expert)."""
 
     kind: Literal["uniform", "zipf", "lognormal", "matrix"] = "uniform"
     alpha: Annotated[float, Field(ge=0, le=5)] = 0.0
