@@ -121,7 +121,7 @@ def test_bad_body(service: tuple[str, FakeEngine], name: str) -> None:
     path, body, expected = BAD[name]
     status, data, took_s = post(url, path, body)
     refused(status, data, expected)
-    assert took_s < 0.5
+    assert took_s < 5, "a refusal waits for nothing"
     assert engine.submitted == before, "the engine heard of a bad request"
     assert post(url, T, text())[0] == 200
 

@@ -1,10 +1,9 @@
 """Expert placement on layouts worked out by hand, and the figures it promises on skewed loads."""
 
-import time
-
 import numpy as np
 import pytest
 
+from twin.policy import packing
 from twin.policy.migration import keep_ranks, migration, should_rebalance
 from twin.policy.packing import replicate
 from twin.policy.placement import (
@@ -114,14 +113,17 @@ def test_a_layer_without_load_is_placed_and_perfect():
 
 
 @pytest.mark.parametrize("ranks", [8, 32])
-def test_skewed_loads_are_levelled_quickly(ranks):
-    load = skewed()
-    start_s = time.process_time()
+def test_skewed_loads_are_levelled_in_few_rounds(ranks, monkeypatch):
+    """Layers are solved side by side, so time goes by the rounds of swaps; `benchmarks/twin_speed.py` has the seconds."""
+    load, rounds, swap_once = skewed(), [], packing._swap_once
+    def counted(*args):
+        rounds.append(len(args[2]))
+        return swap_once(*args)
+    monkeypatch.setattr(packing, "_swap_once", counted)
     placement = place_global(load, num_slots=288, num_ranks=ranks)
-    took_s = time.process_time() - start_s
     assert imbalance(load, linear(58, 256, ranks, 32)).mean() > 1.3
     assert imbalance(load, placement).max() <= 1.02
-    assert took_s <= 0.3
+    assert len(rounds) <= 60, rounds
 
 
 def test_batch_noise_is_split_far_better_than_evenly():
