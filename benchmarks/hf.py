@@ -5,9 +5,10 @@ Qwen3-MoE alone: a model of the same sizes, its experts by transformers' grouped
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,12 +25,14 @@ def hf_step_s(model: ModelSpec, phase: str, batch: int, context: int, *, device:
     hf = _build(model, device, dtype)
     ids = torch.randint(model.vocab, (batch, context if phase == "prefill" else 1), device=device)
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    # transformers 5.2x renamed the argument; both releases are in use
+    keyword = "cache" if "cache" in inspect.signature(hf.forward).parameters else "past_key_values"
 
     def once() -> float:
         cache = _cache(model, hf.config, batch, context, device, dtype) if phase == "decode" else None
         sync()
         began = time.perf_counter()
-        out = hf(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = hf(input_ids=ids, **{keyword: cache}, use_cache=True, logits_to_keep=1)
         out.logits[:, -1].argmax(-1).tolist()
         sync()
         return time.perf_counter() - began
@@ -39,7 +42,7 @@ def hf_step_s(model: ModelSpec, phase: str, batch: int, context: int, *, device:
         return statistics.median(once() for _ in range(repeats))
 
 
-def _build(model: ModelSpec, device: str, dtype: torch.dtype) -> Callable[..., object]:
+def _build(model: ModelSpec, device: str, dtype: torch.dtype) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     if model.model_type != "qwen3_moe" or model.moe is None:

@@ -18,12 +18,7 @@ import torch
 from runtime.batch import Segment, StepInput, rows_of
 from runtime.kernels.step import feed_back, place_tokens
 from runtime.model.transformer import Transformer
-
-
-def ladder(most: int) -> list[int]:
-    """1, 2, 4, 8, then multiples of 16 to 64, of 32 to 256, of 64 above; `most` is the last."""
-    sizes = [1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, most + 64, 64)]
-    return [*(s for s in sizes if s < most), most]
+from twin.policy.graphs import ladder
 
 
 @dataclass(frozen=True)
