@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from twin.cost.engine_fits import FITS, generation
+from twin.policy.graphs import ladder
 from twin.spec.base import Source
 from twin.spec.cluster import GpuSpec
 from twin.spec.errors import SpecError
@@ -23,7 +24,8 @@ class Engine:
     step_host_s, seq_host_s: host seconds of a step that the GPU waits for, fixed and per running sequence;
     graph_launch_s, eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one
     without; helper_launches: small kernels a layer (rotary, casts, indices) that the operator table folds into others;
-    graph_sizes: batch sizes that graphs exist for (decode is padded up to the next);
+    graph_sizes: batch sizes that graphs exist for (decode is padded up to the next), none where they follow the pool's most
+    rows (`graphs`);
     reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
     (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
     shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed
@@ -64,6 +66,10 @@ class Engine:
     experts_scale: float = 1.0
     collectives_scale: float = 1.0
 
+    def graphs(self, most: int) -> tuple[int, ...]:
+        """Batch sizes that graphs exist for in a pool that decodes at most so many rows a step."""
+        return self.graph_sizes or ladder(most)
+
 
 def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(sorted({size for start, stop, step in parts for size in range(start, stop + 1, step)}))
@@ -77,11 +83,11 @@ _GIB = 2.0**30
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
     Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
-           graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
+           graph_sizes=(), memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False, tp_reduces_experts=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel",
-           note="eager launch measured on an H200 (9.1 us); the rest assumed until calibrated"),
+           note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's own; the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,

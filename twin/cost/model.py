@@ -71,7 +71,7 @@ class CostModel:
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
                          protocol, shares, placement, interpolator)
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
-        self._graph_sizes = np.array(engine.graph_sizes, dtype=float)
+        self._graph_sizes = np.array(engine.graphs(pool.max_num_seqs * (1 + pool.mtp_draft_tokens)), dtype=float)
         self._memory: Memory | None = None
 
     # --- compiled stacks, built when first asked for

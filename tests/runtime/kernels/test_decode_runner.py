@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from runtime.batch import Segment, make_step
 from runtime.comm.experts import Local
 from runtime.comm.group import solo
-from runtime.decode import DecodeRunner, ladder
+from runtime.decode import DecodeRunner
 from runtime.kv import make_kv
 from runtime.layout import single
 from runtime.model.transformer import Rig, Transformer
@@ -123,9 +123,3 @@ def test_a_slice_takes_steps_of_its_own_tokens(device: torch.device) -> None:
     assert [p.shape[0] for name, p in params.items() if name.endswith("experts.w13")] == [2] * model.moe_layers
     loads = [layer.ffn.load_E.sum().item() for layer in transformer.layers if hasattr(layer.ffn, "load_E")]
     assert loads == [2 * 2 * model.moe.top_k] * model.moe_layers
-
-
-def test_the_ladder_holds_every_size() -> None:
-    for most in (1, 3, 16, 100, 256, 512):
-        sizes = ladder(most)
-        assert sizes[-1] == most and sizes == sorted(set(sizes)) and sizes[0] == 1
