@@ -17,8 +17,10 @@ import triton.language as tl
 from runtime.batch import Segment, make_step
 from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
-from runtime.kernels.fused import quant_fp8_rows
+from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
+from runtime.kernels.gate import gate_topk
 from runtime.kernels.moe_layer import moe_layer
+from runtime.kernels.rope import rope_norm_cache
 from runtime.quantise import quantise_rows
 from runtime.triton_ops import TritonOps
 
@@ -52,20 +54,25 @@ def fp8_product(m: int, n: int, k: int) -> Call:
 
 
 def _moe(attrs: dict[str, str], v: Values) -> list[Call]:
-    """One rank's experts with what `tokens` of the whole EP group send them: a row for each (token, expert)."""
-    local, choices = v["experts"] // v["moe_ep"], v["top_k"]
-    w13, w2, s13, s2 = _weights(attrs["dtype"], local, v["hidden"], v["intermediate"] // v["moe_tp"])
-    sets = _sets(w13.nbytes + w2.nbytes)
+    """One rank's experts with what `tokens` of the whole EP group send them: a row for each (token, expert). Routes rotate,
+    and so do the weights of a rank that holds few experts: each set reads what the sets before it pushed out of L2."""
+    local, choices, width = v["experts"] // v["moe_ep"], v["top_k"], v["intermediate"] // v["moe_tp"]
+    each = 3 * v["hidden"] * width * (1 if attrs["dtype"] == "fp8" else 2)
+    copies = _sets(local * each)
+    weights = _weights(attrs["dtype"], copies * local, v["hidden"], width)
     calls = []
-    for seed in range(min(sets, 4)):
+    # four draws at least: whether an expert's rows fill one tile more is chance
+    for seed in range(max(4, _sets(min(local, max(1, v["tokens"] * choices // v["moe_ep"])) * each))):
         ids = _route(v["tokens"], v["experts"], choices, attrs["distribution"], seed)
         if v["moe_ep"] > 1:
             ids = ids[ids < local][:, None]
         if not ids.numel():
             ids = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
-        x, gate = _randn(len(ids), v["hidden"]), torch.rand(ids.shape, device="cuda")
-        ids = ids.contiguous()
-        calls.append(lambda x=x, gate=gate, ids=ids: moe_layer(x, w13, w2, gate, ids, w13_scale_E2I=s13, w2_scale_EH=s2))
+        first = seed % copies * local
+        w13, w2, s13, s2 = (None if w is None else w[first:first + local] for w in weights)
+        x, gate, ids = _randn(len(ids), v["hidden"]), torch.rand(ids.shape, device="cuda"), ids.contiguous()
+        calls.append(lambda x=x, gate=gate, ids=ids, w13=w13, w2=w2, s13=s13, s2=s2: moe_layer(
+            x, w13, w2, gate, ids, w13_scale_E2I=s13, w2_scale_EH=s2))
     return calls
 
 
@@ -138,9 +145,42 @@ def _mla_prefill(attrs: dict[str, str], v: Values) -> list[Call]:
     return [each]
 
 
+def _norm(attrs: dict[str, str], v: Values) -> list[Call]:
+    weight, rows = _randn(v["width"]), (v["tokens"], v["width"])
+    pairs = [(_randn(*rows), _randn(*rows)) for _ in range(_sets(8 * math.prod(rows)))]
+    return [lambda x=x, stream=stream: add_rmsnorm(x, weight, 1e-6, stream) for x, stream in pairs]
+
+
+def _quant(attrs: dict[str, str], v: Values) -> list[Call]:
+    inputs = [_randn(v["tokens"], v["width"]) for _ in range(_sets(3 * v["tokens"] * v["width"]))]
+    return [lambda x=x: quant_fp8_rows(x) for x in inputs]
+
+
+def _silu(attrs: dict[str, str], v: Values) -> list[Call]:
+    inputs = [_randn(v["tokens"], 2 * v["width"]) for _ in range(_sets(6 * v["tokens"] * v["width"]))]
+    return [lambda x=x: silu_mul(x) for x in inputs]
+
+
+def _gate(attrs: dict[str, str], v: Values) -> list[Call]:
+    logits = torch.randn(v["tokens"], v["experts"], device="cuda")
+    return [lambda: gate_topk(logits, v["top_k"])]
+
+
+def _rope(attrs: dict[str, str], v: Values) -> list[Call]:
+    """Queries and keys of whole prompts behind one another, with norms, into a cache in order."""
+    tokens, width = v["tokens"], v["head_dim"]
+    columns = (v["heads"] + 2 * v["kv_heads"]) * width
+    cache = torch.empty(-(-tokens // _BLOCK), 2, _BLOCK, v["kv_heads"], width, dtype=torch.bfloat16, device="cuda")
+    at, angles, norm = torch.arange(tokens, device="cuda"), torch.randn(tokens, width, device="cuda"), _randn(width)
+    inputs = [_randn(tokens, columns) for _ in range(_sets(4 * tokens * columns))]
+    return [lambda x=x: rope_norm_cache(x, at, at, angles, cache, heads=v["heads"], q_norm_D=norm, k_norm_D=norm)
+            for x in inputs]
+
+
 _MAKERS: dict[str, Callable[[dict[str, str], Values], list[Call]]] = {
     "gemm": _gemm, "moe": _moe, "attention_decode": _attention_decode, "attention_prefill": _attention_prefill,
-    "mla_decode": _mla_decode, "mla_prefill": _mla_prefill,
+    "mla_decode": _mla_decode, "mla_prefill": _mla_prefill, "norm": _norm, "quant": _quant, "silu": _silu, "gate": _gate,
+    "rope": _rope,
 }
 
 

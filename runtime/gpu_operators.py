@@ -62,6 +62,10 @@ _MOE = ("hidden", "intermediate", "top_k", "experts", "moe_tp", "moe_ep")
 _MODELS = ((2048, 768, 8, 128), (4096, 1536, 8, 128), (7168, 2048, 8, 256), (7168, 2048, 8, 384), (4096, 14336, 2, 8))
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _GQA = ("heads", "kv_heads", "head_dim", "window")
+_WIDTHS = ((1536,), (2048,), (4096,), (7168,), (16384,))
+_INNER = ((768,), (2048,), (18432,))
+_MANY_ROWS = (*_ROWS, 32768, 65536, 131072)
+_GATES = ((128, 8), (256, 8), (384, 8))
 
 
 def grids() -> list[Grid]:
@@ -93,6 +97,11 @@ def grids() -> list[Grid]:
         Grid("mla_prefill", latent, ("heads",), ((16,), (64,), (128,)), prefill, asked),
         experts("power_law_1.01", "bf16"),
         experts("power_law_1.01", "fp8"),
+        Grid("norm", bf16, ("width",), _WIDTHS, {"tokens": _ROWS}),
+        Grid("quant", bf16, ("width",), _WIDTHS, {"tokens": _ROWS}),
+        Grid("silu", bf16, ("width",), _INNER, {"tokens": _MANY_ROWS}, lambda v: v["tokens"] * v["width"] / 3e8),
+        Grid("rope", bf16, _GQA[:3], tuple(shape[:3] for shape in heads), {"tokens": _ROWS}),
+        Grid("gate", bf16, ("experts", "top_k"), _GATES, {"tokens": _ROWS}),
     ]
 
 
@@ -185,10 +194,11 @@ def measure(out: Path, budget_s: float, progress: Callable[[str], None] = print)
 
 def _missing(grid: Grid, found: Measured) -> list[tuple[str, dict[str, int]]]:
     return [(key, values) for s, i, values in grid.points()
-            if grid.most(values) <= 1 and (key := _key(grid, values)) not in found.points]
+            if grid.most(values) <= 1 and (key := key_of(grid, values)) not in found.points]
 
 
-def _key(grid: Grid, values: dict[str, int]) -> str:
+def key_of(grid: Grid, values: dict[str, int]) -> str:
+    """What a point is kept under."""
     return json.dumps([grid.operator, sorted(grid.attrs.items()), sorted(values.items())])
 
 
@@ -211,8 +221,12 @@ def _peaks() -> Json:
             "nvlink_bytes_per_s": 450e9, "nic_bytes_per_s": 50e9}
 
 
+def tables_of(found: Measured) -> list[Json]:
+    """The tables of an engine profile that these points fill."""
+    return [table for grid in grids() if (table := _table(grid, found)) is not None]
+
+
 def _profile(found: Measured, peaks: Json) -> Json:
-    tables = [table for grid in grids() if (table := _table(grid, found)) is not None]
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     return {"format": "eptwin-profile-1", "gpu": name, "engine": "eptwin", "engine_version": metadata_version("eptwin"),
             "peaks": peaks, "sources": [{"name": "eptwin calibrate", "version": metadata_version("eptwin")}],
@@ -220,7 +234,7 @@ def _profile(found: Measured, peaks: Json) -> Json:
                            "device": torch.cuda.get_device_name(),
                            "method": "CUDA graphs of calls on random inputs larger than L2; median of 10 replays",
                            "links": "nvlink and nic rates are data-sheet values: one GPU measures neither"},
-            "tables": tables}
+            "tables": tables_of(found)}
 
 
 def _table(grid: Grid, found: Measured) -> Json | None:
@@ -228,7 +242,7 @@ def _table(grid: Grid, found: Measured) -> Json | None:
     size = math.prod(map(len, grid.axes.values()))
     by_sheet: dict[int, list[float | None]] = {s: [None] * size for s in range(len(grid.sheets))}
     for s, i, values in grid.points():
-        point = found.points.get(_key(grid, values))
+        point = found.points.get(key_of(grid, values))
         if point is not None:
             by_sheet[s][i] = point[0]
             spreads.append(point[1])

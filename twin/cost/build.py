@@ -11,15 +11,16 @@ import numpy as np
 from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
 from twin.cost.comm import Exchange, Reach, compile_exchange
-from twin.cost.engines import Engine
+from twin.cost.engines import OUR_ENGINE, Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
 from twin.cost.measured import Ask, Measured, RowTable, split_measured
 from twin.cost.network import Ints, Network
-from twin.cost.operators import Slice, gemm, rank_ops
+from twin.cost.operators import Slice, copies, gemm, rank_ops
 from twin.cost.protocols import PROTOCOLS, Phase, Protocol
 from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of, product_dtype
 from twin.cost.routing import place, popularity, slot_shares, touch_probability, typical_max
+from twin.cost.small import split_small
 from twin.cost.stack import Stack
 from twin.policy.placement import Placement, linear, slots_to_ranks
 from twin.spec.cluster import GpuSpec
@@ -31,7 +32,8 @@ from twin.spec.scenario import Routing
 
 @dataclass(frozen=True)
 class Site:
-    """One pool of one model on one cluster: all that stacks are built from."""
+    """One pool of one model on one cluster: all that stacks are built from. `alone`: the first rank by itself on its GPU,
+    with a mean share of the experts' work, and local copies for exchanges."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -45,6 +47,7 @@ class Site:
     popularity_LE: Array | None
     placement: Placement | None
     profile: Interpolator | None
+    alone: bool = False
 
     @property
     def exchanges_tokens(self) -> bool:
@@ -113,25 +116,32 @@ def build_shared(site: Site) -> Shared:
         return Shared(None, ())
     assert site.popularity_LE is not None and site.placement is not None
     names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
+    work = expert_work(model, site.placement, site.popularity_LE)
+    if site.alone:
+        return Shared(replace(work, pairs_max=work.pairs_mean), ())
     found = [(name, exchange) for name, exchange in zip(names, exchanges(site), strict=True) if exchange is not None]
-    return Shared(expert_work(model, site.placement, site.popularity_LE), tuple(found))
+    return Shared(work, tuple(found))
 
 
 def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: float = 1.0, draft: bool = False) -> Stack:
     """Compile the layers of `model` (the site's own, or its MTP module)."""
     s = Slice(model, site.precision, site.pool.tp)
     ops: list[Op] = rank_ops(s)
+    if site.alone and site.pool.ep > 1:
+        ops += copies(s)
     if draft:  # hidden state and embedding of the last token, joined
         ops.append(gemm("mtp/projection", s, 2 * model.hidden, model.hidden / site.pool.tp, 1))
     table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
     counts = table.launch_counts
     measured: list[Measured] = []
     if site.profile is not None:
+        ops, small = split_small(ops, s, site.profile) if site.engine.name == OUR_ENGINE else (ops, None)
+        table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
         attention, tp = model.attention, site.pool.tp
         ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
                   0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module")
         left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
-        measured = [scaled(own, site.engine) for own in measured]
+        measured = [scaled(own, site.engine) for own in (*measured, *([small] if small is not None else []))]
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
     experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile,
@@ -160,7 +170,7 @@ def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: floa
     assert site.popularity_LE is not None
     found = measured_expert_cost(work, model, site.precision, site.pool, site.profile,
                                  site.protocol.name if site.exchanges_tokens else "none", model.moe_layers,
-                                 plain, compute_share, even=len(site.popularity_LE) == 1,
+                                 plain, compute_share, even=len(site.popularity_LE) == 1 and not site.alone,
                                  dtype=product_dtype(site.precision.experts, site.gpu),
                                  shared_kernels=site.gpu.fp4_flop_per_s is not None) or plain
     return replace(found, log_gemm_s=found.log_gemm_s + more, log_permute_s=found.log_permute_s + more)

@@ -80,6 +80,7 @@ _VLLM_GRAPHS = _ladder((1, 2, 1), (4, 4, 1), (8, 256, 8), (272, 512, 16))
 _SGLANG_GRAPHS = _ladder((1, 8, 1), (12, 32, 4), (40, 160, 8), (176, 256, 16), (288, 512, 32))
 _TRTLLM_GRAPHS = _ladder((1, 2, 1), (4, 4, 1), (8, 128, 8), (256, 256, 1), (512, 512, 1), (1024, 1024, 1), (2048, 2048, 1))
 _GIB = 2.0**30
+OUR_ENGINE = "eptwin"
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
     Engine("eptwin", step_host_s=0.3e-3, seq_host_s=1e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
@@ -87,7 +88,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            activation_factor=16.0, shared_overlap=False, tp_reduces_experts=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel",
-           note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's own; the rest assumed until calibrated"),
+           note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's; the rest assumed until calibrated"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twin.cost.batch import Array
+from twin.cost.engines import OUR_ENGINE
 from twin.cost.interpolate import Curve, Interpolator
 from twin.cost.measured import Evidence, evidence_of
 from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
@@ -22,7 +23,7 @@ from twin.spec.plan import PoolPlan, Precision
 
 _TOKENS: Array = np.exp2(np.arange(0.0, 22.01, 0.5))  # grid of tokens of the whole instance
 _UNTUNED = 2.0  # times the roofline, at the sizes of decode steps, beyond which a table is not believed
-_UNTUNED_INT4 = 6.0  # weights that are unpacked in the kernel are slow in earnest
+_UNTUNED_SLOW = 6.0  # what is slow in earnest: weights unpacked in the kernel; our own rows, timed in graphs without the host
 _SKEWED = "power_law_1.01"
 _LENDERS, _SLOWER = ("sglang", "vllm"), 1.4
 _KERNELS = ("moe_torch_flow_cutlass", "moe_torch_flow_min_latency")  # TensorRT-LLM's of nvfp4
@@ -140,7 +141,8 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
                 found = other[0], Evidence("transferred", max(other[1].half_width, 0.35))
     seconds = found[0] * layers / share
     plain = np.exp(roofline.log_gemm_s) + np.exp(roofline.log_permute_s)
-    if np.median((seconds / plain)[decoding]) > (_UNTUNED_INT4 if precision.experts == "int4" else _UNTUNED):
+    own = profile.engine == OUR_ENGINE and found[1].source != "transferred"
+    if np.median((seconds / plain)[decoding]) > (_UNTUNED_SLOW if own or precision.experts == "int4" else _UNTUNED):
         return None
     return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), found[1])
 

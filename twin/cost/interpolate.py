@@ -19,7 +19,7 @@ import numpy as np
 
 from twin.cost.grid import Array, Grid, monotone
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Table, gpu_key, normal_window
-from twin.cost.work import Attrs, equivalent_tokens
+from twin.cost.work import ENGINE_KERNELS, Attrs, equivalent_tokens
 from twin.spec.base import Source
 
 # The axes that a curve leaves free; the rest of a call (model shape, parallel sizes) is fixed for a whole simulation.
@@ -28,6 +28,7 @@ FREE_AXES: dict[str, tuple[str, ...]] = {
     "mla_prefill": ("batch", "new_tokens"), "mla_decode": ("batch", "context"), "mla_bmm": ("tokens",),
     "moe": ("tokens",), "dispatch": ("tokens",), "combine": ("tokens",), "all_reduce": ("bytes",),
     "all_gather": ("bytes",), "reduce_scatter": ("bytes",), "all_to_all": ("bytes",),
+    **dict.fromkeys(ENGINE_KERNELS, ("tokens",)),
 }
 _REACH = {"batch": 2.0**13, "context": 2.0**21, "new_tokens": 2.0**21, "bytes": 2.0**36}  # others: 2**22
 # Two calls that differ in these are different operators: no ratio of rooflines leads from one to the other.
@@ -37,6 +38,7 @@ _HARD = ("scope", "mode", "side", "gated", "layout")
 # generation tells more than another engine on the same GPU.
 _VERSION, _GENERATION, _OTHER_GENERATION = (1.0, 0.05), (10.0, 0.16), (40.0, 0.55)
 _ENGINE_PENALTY = 30.0
+_OWN_KERNELS = 8.0  # times that, for what our engine measured: its kernels are nobody else's
 _ENGINE_WIDTH = {"gemm": 0.25, "mla_bmm": 0.3, "mla_prefill": 0.35, "mla_decode": 0.35, "all_reduce": 0.4,
                  "attention_decode": 0.55, "attention_prefill": 0.65, "moe": 0.8, "combine": 0.9, "dispatch": 1.2}
 _HOST_BOUND = (35.0, 0.70)  # another engine's kernels under a graph say more than one's own without
@@ -209,6 +211,8 @@ class Interpolator:
     def _choose(self, operator: str, fixed: Mapping[str, float], attrs: Attrs) -> _Choice | None:
         best: _Choice | None = None
         for profile in self.store:
+            if operator in ENGINE_KERNELS and profile.engine != self.engine:
+                continue
             for table in profile.tables:
                 if table.operator != operator:
                     continue
@@ -224,7 +228,8 @@ class Interpolator:
             near = _GENERATIONS.get(profile.gpu, profile.gpu) == _GENERATIONS.get(self.gpu, self.gpu)
             away.append(_GENERATION if near else _OTHER_GENERATION)
         if profile.engine != self.engine and table.attrs.get("backend") != "nccl":
-            away.append((_ENGINE_PENALTY, _ENGINE_WIDTH.get(table.operator, 0.0)))
+            lent = 1.0 if profile.engine != "eptwin" else _OWN_KERNELS
+            away.append((lent * _ENGINE_PENALTY, _ENGINE_WIDTH.get(table.operator, 0.0)))
         elif self.version not in (None, profile.engine_version) and profile.engine == self.engine:
             away.append(_VERSION)
         if table.host_bound:

@@ -20,7 +20,7 @@ from twin.spec.base import Source
 from twin.spec.model import Attention
 
 _STEPS = 4  # knots an octave of the tables that steps are read from
-_ROWS: Array = np.exp2(np.arange(0.0, 20.01, 1 / _STEPS))
+ROWS: Array = np.exp2(np.arange(0.0, 20.01, 1 / _STEPS))
 _BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
 _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
@@ -35,7 +35,7 @@ def _place(x: Array, knots: int) -> tuple[npt.NDArray[np.int64], Array]:
 
 
 def _read(log_s: Array, x: Array) -> Array:
-    """Seconds from a table over `_ROWS`, straight in log-log."""
+    """Seconds from a table over `ROWS`, straight in log-log."""
     low, beyond = _place(x, len(log_s))
     below = log_s[low]
     return np.asarray(np.exp(below + beyond * (log_s[low + 1] - below)))
@@ -102,7 +102,7 @@ class Surface:
     share: float
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
-    log_products: Array | None = None  # dense products that the table includes, over `_ROWS`, one layer
+    log_products: Array | None = None  # dense products that the table includes, over `ROWS`, one layer
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -186,14 +186,14 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
 
 
 def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, launch: Array) -> tuple[Array, Evidence]:
-    """Log seconds of a dense product over `_ROWS`, all layers, and where they come from.
+    """Log seconds of a dense product over `ROWS`, all layers, and where they come from.
 
     A table that says several times what a roofline does at 16 and 64 rows was timed with the host in the way: what it
     shows there is the host, and only where it has risen well above its floor is it the kernel.
     """
     feature, gate = INDEX[next(iter(op.flops))], INDEX[op.gate]
-    measured = curve.many(_ROWS) * op.layers / share
-    bound = np.maximum(compute[feature] * _ROWS, memory[feature] * _ROWS + memory[gate]) + launch[gate]
+    measured = curve.many(ROWS) * op.layers / share
+    bound = np.maximum(compute[feature] * ROWS, memory[feature] * ROWS + memory[gate]) + launch[gate]
     if min((measured / bound)[[4 * _STEPS, 6 * _STEPS]]) <= _HOST_BOUND:
         return np.log(measured), evidence_of(curve, 128)
     risen = np.clip(measured / measured[0] - 1.0, 0.0, 1.0)
@@ -221,12 +221,12 @@ def _curve(op: Op, ask: Ask) -> Curve | None:
 
 
 def _products(ops: Sequence[Op], ask: Ask) -> Array:
-    """Log seconds over `_ROWS` of one layer's attention products: what a row of the whole block includes."""
-    total = np.zeros(len(_ROWS))
+    """Log seconds over `ROWS` of one layer's attention products: what a row of the whole block includes."""
+    total = np.zeros(len(ROWS))
     for op in ops:
         if op.key in ("attention/projections", "attention/kv_up") and op.matrix is not None:
             curve = ask.profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
-            total += curve.many(_ROWS) if curve is not None else 0.0
+            total += curve.many(ROWS) if curve is not None else 0.0
     return np.asarray(np.log(np.maximum(total, 1e-12)))
 
 

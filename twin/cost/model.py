@@ -40,14 +40,15 @@ _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; t
 class CostModel:
     """Costs of one pool of a plan. `first_gpu` is where its (first) instance starts in its node group; `profile` is what
     was measured (Evidence shared by many models keeps its curves), None leaves everything to the roofline; `engine` replaces
-    the plan's own.
+    the plan's own. `alone` is the first rank by itself on its GPU, steps following one another without the host: what
+    `benchmarks.step` runs.
 
     Raises SpecError for a group or protocol that does not exist; `memory()` raises Infeasible when the pool does not fit.
     """
 
     def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
                  profile: Evidence | Interpolator | None = None, seed: int = 0, network: Network | None = None,
-                 first_gpu: int = 0, engine: Engine | None = None) -> None:
+                 first_gpu: int = 0, engine: Engine | None = None, alone: bool = False) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
         self.network = network or Network(cluster)
         try:
@@ -69,7 +70,7 @@ class CostModel:
             shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
         interpolator = profile.interpolator(group.gpu, cluster.network, plan) if isinstance(profile, Evidence) else profile
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
-                         protocol, shares, placement, interpolator)
+                         protocol, shares, placement, interpolator, alone)
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
         self._graph_sizes = np.array(engine.graphs(pool.max_num_seqs * (1 + pool.mtp_draft_tokens)), dtype=float)
         self._memory: Memory | None = None
@@ -115,7 +116,8 @@ class CostModel:
         if slower:
             parts["engine/slowdown"] = slower * device_s
             device_s += parts["engine/slowdown"]
-        parts["host/overhead"] = float(self._host_s(batch)[0])
+        if not self.site.alone:
+            parts["host/overhead"] = float(self._host_s(batch)[0])
         launch_s = float(self._launch_s(x, np.array([device_s]), np.array([tbo]))[0])
         if launch_s:
             parts["host/launch"] = launch_s
@@ -143,6 +145,24 @@ class CostModel:
     def steps_s(self, batch: StepBatch) -> Array:
         """Seconds of many steps of any kind at once: arrays [n, d] -> [n]."""
         return self._steps_s(batch)
+
+    def exchanged_tokens(self, batch: StepBatch) -> Array:
+        """Tokens that each rank brings to the exchanges of a step, padding included: [..., d]."""
+        return np.asarray(self._features(batch)[..., INDEX["tokens"]])
+
+    def longer_s(self, batch: StepBatch, more_s: float) -> Array:
+        """What steps [n, d] take longer when all their exchanges together take `more_s` longer, overlap hiding what it can: [n]."""
+        x = self._features(batch)
+        x = x[None] if x.ndim == 2 else x
+        longer, tbo = np.full(len(x), more_s), self._overlaps(x)
+        if tbo.any():
+            half = self._stack_beside_comm.streams(_halved(x[tbo]))
+            later = replace(half, comm=half.comm + more_s / 2)
+            longer[tbo] = self._overlapped_s(later) - self._overlapped_s(half)
+        if self.site.engine.shared_overlap and self._stack.exchanges and not tbo.all():
+            shared_s, comm_s = self._stack.shared_s(x[~tbo]), self._stack.streams(x[~tbo]).comm
+            longer[~tbo] -= np.minimum(shared_s, comm_s + more_s) - np.minimum(shared_s, comm_s)
+        return longer * self._slowdown(x)
 
     @cached_property
     def tokens_per_step(self) -> float:
@@ -223,6 +243,8 @@ class CostModel:
         """Host time that the GPU waits for: fixed, and per sequence of the busiest rank. [n]"""
         seqs = np.atleast_2d(np.asarray(batch.decode_seqs) + np.asarray(batch.prefill_seqs))
         engine = self.site.engine
+        if self.site.alone:
+            return np.zeros(seqs.shape[:-1])
         return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
 
     def _slowdown(self, x: Array) -> Array:

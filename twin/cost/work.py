@@ -144,6 +144,30 @@ def _moe(v: Values, a: Attrs) -> Work:
     return Work(2.0 * pairs * matrices * v["hidden"] * inner, moved, _RATE.get(dtype, "bf16"))
 
 
+def _norm(v: Values, _: Attrs) -> Work:
+    """Addition to the residual stream and RMS norm: two rows read, two written."""
+    return Work(hbm_bytes=8.0 * v["tokens"] * v["width"])
+
+
+def _rope(v: Values, _: Attrs) -> Work:
+    """Norms of queries and keys, rotary embedding, and keys and values into the cache."""
+    row = (v["heads"] + 2.0 * v["kv_heads"]) * v["head_dim"]
+    return Work(hbm_bytes=v["tokens"] * (4.0 * row + 4.0 * v["kv_heads"] * v["head_dim"]))
+
+
+def _quant(v: Values, _: Attrs) -> Work:
+    return Work(hbm_bytes=3.0 * v["tokens"] * v["width"])
+
+
+def _silu(v: Values, _: Attrs) -> Work:
+    return Work(hbm_bytes=6.0 * v["tokens"] * v["width"])
+
+
+def _gate(v: Values, _: Attrs) -> Work:
+    """Top-k of fp32 scores that lie in memory."""
+    return Work(hbm_bytes=v["tokens"] * (4.0 * v["experts"] + 8.0 * v["top_k"]))
+
+
 def _collective(factor: float) -> Callable[[Values, Attrs], Work]:
     def work(v: Values, _: Attrs) -> Work:
         return Work(link_bytes=factor * v["bytes"] * (v["gpus"] - 1.0) / v["gpus"])
@@ -170,8 +194,11 @@ _WORK: dict[str, Callable[[Values, Attrs], Work]] = {
     "mla_prefill": _mla_prefill, "mla_decode": _mla_decode, "mla_bmm": _mla_bmm, "moe": _moe,
     "all_reduce": _collective(2.0), "all_gather": _collective(1.0), "reduce_scatter": _collective(1.0),
     "all_to_all": _collective(1.0), "dispatch": _exchange, "combine": _exchange,
+    "norm": _norm, "rope": _rope, "quant": _quant, "silu": _silu, "gate": _gate,
 }
 OPERATORS = tuple(_WORK)
+ENGINE_KERNELS = ("norm", "rope", "quant", "silu", "gate")
+"""Small kernels that every engine fuses its own way: what one engine's take says nothing of another's."""
 
 
 def work_of(operator: str, values: Values, attrs: Attrs) -> Work:

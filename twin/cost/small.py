@@ -1,0 +1,113 @@
+"""Our own engine's small kernels, each by its name, where its profile has measured them; other engines keep the roofline.
+
+The operator table folds what lies between products into a line or two, as every engine fuses it its own way. Ours runs: an
+addition with its norm twice a layer, queries and keys turned into the cache in one kernel, an activation between two
+products, in fp8 a quantisation before every product, latent attention's down projections one by one, and a router of a
+product and a top-k. All take as long as a rank has tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin.cost.batch import INDEX
+from twin.cost.interpolate import Interpolator
+from twin.cost.measured import ROWS, Evidence, RowTable, evidence_of
+from twin.cost.operators import Slice
+from twin.cost.roofline import Op
+
+_TYPICAL = 128.0  # tokens at which the interval is read
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel that runs `times` a step, over tokens."""
+
+    operator: str
+    fixed: Mapping[str, float]
+    times: int
+    dtype: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The kernels in whose place the table has operators of `key`: those that `folded` picks."""
+
+    key: str
+    folded: Callable[[Op], bool]
+    kernels: tuple[Kernel, ...]
+
+
+def split_small(ops: Sequence[Op], s: Slice, profile: Interpolator) -> tuple[list[Op], RowTable | None]:
+    """Operators that no small kernels stand for, and the kernels' table; None where the profile has none of them."""
+    left, keys, rows, known = list(ops), [], [], []
+    for group in groups_of(s):
+        curves = [(kernel, profile.curve(kernel.operator, kernel.fixed, {"dtype": kernel.dtype})) for kernel in group.kernels]
+        if any(curve is None for _, curve in curves):
+            continue
+        left = [op for op in left if not (op.key == group.key and group.folded(op))]
+        for kernel, curve in curves:
+            assert curve is not None
+            keys.append(group.key)
+            rows.append(np.log(curve.many(ROWS) * kernel.times))
+            known.append(evidence_of(curve, _TYPICAL))
+    if not rows:
+        return left, None
+    each = np.stack(rows)
+    evidence: tuple[Evidence, ...] = tuple(known)
+    return left, RowTable(INDEX["tokens"], tuple(keys), each, np.log(np.exp(each).sum(axis=0)), evidence)
+
+
+def groups_of(s: Slice) -> list[Group]:
+    """What our engine runs between its products."""
+    model, a, h = s.model, s.model.attention, float(s.model.hidden)
+    heads, fp8 = a.heads / s.tp, s.precision.weights == "fp8"
+    softmax = sum(kind != "linear" for kind in model.layer_attention)
+    norms = [Kernel("norm", {"width": h}, 2 * model.layers)]
+    inputs: list[tuple[float, int]] = []  # (width, times a step) of what products read
+    groups = []
+    if a.kind == "gqa" and softmax:
+        shape = {"heads": heads, "kv_heads": float(-(-a.kv_heads // s.tp)), "head_dim": float(a.head_dim)}
+        groups.append(Group("attention/kv_write", _elementwise, (Kernel("rope", shape, softmax),)))
+        inputs += [(h, softmax), (heads * a.v_head_dim, softmax)]
+    elif a.kind == "mla":
+        assert a.kv_lora_rank and a.qk_rope_head_dim
+        inputs += [(h, softmax), (heads * a.v_head_dim, softmax), (float(a.q_lora_rank or h), softmax)]
+        if a.q_lora_rank:
+            inputs.append((h, softmax))
+            norms.append(Kernel("norm", {"width": float(a.q_lora_rank)}, softmax))
+            groups.append(_down(s, h, (float(a.q_lora_rank), float(a.kv_lora_rank + a.qk_rope_head_dim)), softmax))
+    for key, width, layers in _gated(s):
+        groups.append(Group(key, _elementwise, (Kernel("silu", {"width": width}, layers),)))
+        inputs += [(h, layers), (width, layers)]
+    quants = [Kernel("quant", {"width": width}, times) for width, times in inputs] if fp8 else []
+    groups.append(Group("norm", _elementwise, (*norms, *quants)))
+    if model.moe is not None and model.moe_layers:
+        experts = float(model.moe.experts)
+        groups.append(Group("moe/gate", lambda op: op.kind == "gate",
+                            (Kernel("gemm", {"k": h, "n": experts}, model.moe_layers),
+                             Kernel("gate", {"experts": experts, "top_k": float(model.moe.top_k)}, model.moe_layers))))
+    return groups
+
+
+def _elementwise(op: Op) -> bool:
+    return op.kind == "elementwise"
+
+
+def _down(s: Slice, hidden: float, widths: tuple[float, float], layers: int) -> Group:
+    """Queries' and latents' down projections, two products in place of one."""
+    whole = (hidden, sum(widths))
+    return Group("attention/projections", lambda op: op.matrix == whole,
+                 tuple(Kernel("gemm", {"k": hidden, "n": n}, layers, s.precision.weights) for n in widths))
+
+
+def _gated(s: Slice) -> list[tuple[str, float, int]]:
+    """(key, width here, layers) of the FFNs on a rank's own tokens."""
+    model = s.model
+    found = [("ffn/dense", model.dense_intermediate / s.tp, model.dense_layers)] if model.dense_layers else []
+    if model.moe is not None and model.moe.shared_intermediate and model.moe_layers:
+        found.append(("moe/shared", model.moe.shared_intermediate / s.tp, model.moe_layers))
+    return found
