@@ -1,8 +1,10 @@
 """Decode steps as whole CUDA graphs, one for each size of a ladder, over buffers that never move.
 
-A step of n sequences runs the smallest graph that holds them; the rows above are padding, which writes no KV and
-routes to no expert. Each graph ends with the greedy token of every row, fed back as the next step's input, so that
-steps of the same sequences follow one another without the host (`again`). On a CPU the same step runs without a graph.
+A step of n rows runs a graph that holds them; the rows above are padding, which writes no KV and routes to no expert.
+Where an instance has many ranks all of them replay the graph of one size in the same step (`twin.policy.graphs`), an
+idle one with padding alone: rows and what is told of them travel between the graphs on the devices. Each graph ends with
+the greedy token of every row, fed back as the next step's input, so that steps of the same sequences follow one another
+without the host (`again`). On a CPU the same step runs without a graph.
 
 Legend: B rows of a graph, P blocks of a table, V vocabulary.
 """
@@ -18,7 +20,7 @@ import torch
 from runtime.batch import Segment, StepInput, rows_of
 from runtime.kernels.step import feed_back, place_tokens
 from runtime.model.transformer import Transformer
-from twin.policy.graphs import ladder
+from twin.policy.graphs import EAGER, ladder
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class DecodeRunner:
         self._positions_B, self._slots_B = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B)
         self._rows_B = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
-        self._size = 0
+        self._size = self._left = 0
 
     def capture(self) -> None:
-        """Capture every size into one memory pool. Raises torch.OutOfMemoryError where the device has no room."""
+        """Capture every size into one memory pool, as all ranks of the instance must at the same time: each size runs once
+        before it is captured, and meets the other ranks. Raises torch.OutOfMemoryError where the device has no room."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         self.lens_B.zero_()
@@ -66,20 +69,31 @@ class DecodeRunner:
             self._graphs[size] = (graph, drawn)
         torch.cuda.synchronize()
 
-    def fits(self, segments: Sequence[Segment]) -> bool:
-        """Whether a step of these segments is one that this runner takes: decodes alone, not too many."""
-        return 0 < sum(len(s.token_ids) for s in segments) <= self.most and not any(s.is_prefill for s in segments)
+    @staticmethod
+    def rows(segments: Sequence[Segment]) -> int:
+        """Rows of a step of decodes, drafts counted; `EAGER` for one that computes prompts."""
+        return EAGER if any(s.is_prefill for s in segments) else sum(len(s.token_ids) for s in segments)
 
-    def run(self, segments: Sequence[Segment]) -> Drawn:
-        """Take a step of decodes."""
+    def run(self, segments: Sequence[Segment], size: int | None = None) -> Drawn:
+        """Take a step of decodes in `size` rows: one of `sizes`, the same on all ranks (None: the least that holds them)."""
         segments = rows_of(segments)
         n = len(segments)
-        self._size = next(size for size in self.sizes if size >= n)
+        self._size = size or next(size for size in self.sizes if size >= n)
         self._load(segments)
-        return self.again(n)
+        return self._take(n)
 
     def again(self, n: int) -> Drawn:
-        """The step after the last one, of the same n sequences, each with its greedy token as input."""
+        """The step after the last one, of the same n sequences, each with its greedy token as input.
+
+        Raises ValueError where a sequence would outgrow the blocks that `run` was given: its token's KV would go to a block
+        of somebody else.
+        """
+        if self._left < 1:
+            raise ValueError("a sequence has outgrown its blocks; run() brings more")
+        self._left -= 1
+        return self._take(n)
+
+    def _take(self, n: int) -> Drawn:
         if self._graphs:
             graph, drawn = self._graphs[self._size]
             graph.replay()
@@ -91,11 +105,13 @@ class DecodeRunner:
         n, lens = len(segments), np.zeros(self._size, dtype=np.int32)
         lens[:n] = [s.start + 1 for s in segments]
         ids = np.fromiter((s.token_ids[0] for s in segments), dtype=np.int64, count=n)
-        width = -(-int(lens.max()) // self.block_tokens)
+        most = self.tables_BP.shape[1]
+        width = max((min(len(s.blocks), most) for s in segments), default=0)
         tables = np.zeros((n, width), dtype=np.int32)
         for row, segment in zip(tables, segments, strict=True):
-            used = -(-(segment.start + 1) // self.block_tokens)
-            row[:used] = segment.blocks[:used]
+            row[:len(segment.blocks)] = segment.blocks[:width]
+        self._left = min((min(len(s.blocks), most) * self.block_tokens - s.start - 1 for s in segments), default=0)
+        assert self._left >= 0, "a table too short for its context"
         for target, values in ((self.ids_B[:n], ids), (self.lens_B[:self._size], lens), (self.tables_BP[:n, :width], tables)):
             target.copy_(torch.from_numpy(values))
 

@@ -1,11 +1,12 @@
 """The loop of one rank: hear the front end, agree on a round with the other ranks of the instance, take a step.
 
 The ranks of an instance step together because experts belong to all of them: a rank without work runs an empty batch.
-A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens, told to stop, drafting passes]; when
-nobody has work everyone goes to sleep on the control channel, and when anybody was told to stop everyone leaves, so that nobody
-waits for a rank that is gone. Every wake-up is a rising number that reaches every rank, one of them with work. Ranks
-sleep only once all have heard the same number: one that is behind may have work on its way that the others would sleep
-through. A number heard late, after its work was done, wakes nobody.
+A round begins with one all_gather of [has work, newest wake-up heard, plan size, tokens, told to stop, drafting passes,
+milestone of rebalancing, rows for a graph]; when nobody has work everyone goes to sleep on the control channel, and when
+anybody was told to stop everyone leaves, so that nobody waits for a rank that is gone. Steps that all ranks can take from a
+graph they take from the one of the same size (`twin.policy.graphs`). Every wake-up is a rising number that reaches every
+rank, one of them with work. Ranks sleep only once all have heard the same number: one that is behind may have work on its
+way that the others would sleep through. A number heard late, after its work was done, wakes nobody.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
 from runtime.transfer import start_receive, start_send
 from twin.policy.batching import BatchScheduler
+from twin.policy.graphs import EAGER, agreed_size
 from twin.policy.kv_blocks import BlockManager
 from twin.policy.steps import BatchLimits, StepPlan
 from twin.spec.errors import SpecError
@@ -44,8 +46,8 @@ class Reformed(Exception):
 @dataclass
 class Round:
     """What the ranks agreed on: to leave, whether anybody works, whether all have heard the same, this DP rank's plan size,
-    the most tokens of any DP rank, how many tokens a rank dispatches at most, how often drafts are drafted from, and which
-    milestone of rebalancing all have reached."""
+    the most tokens of any DP rank, how many tokens a rank dispatches at most, how often drafts are drafted from, which
+    milestone of rebalancing all have reached, and in a graph of which size all take the step (None: without)."""
 
     stop: bool
     works: bool
@@ -55,6 +57,7 @@ class Round:
     capacity: int
     passes: int
     milestone: int = 0
+    graph: int | None = None
 
 
 class StepLoop:
@@ -155,19 +158,21 @@ class StepLoop:
             self._ended = time.monotonic()
 
     def _agree(self, has_work: bool, plan_size: int, segments: list[Segment]) -> Round:
-        at, group = self.rank.at, self.rank.groups.control
+        at, group, decode = self.rank.at, self.rank.groups.control, self.rank.decode
         tokens = sum(len(s.token_ids) for s in segments)
         passes = 0 if self._drafter is None else self._drafter.passes(segments)
+        graph_rows, sizes = (EAGER, ()) if decode is None else (decode.rows(segments), decode.sizes)
         if group.size == 1:
-            return Round(self._told_to_stop, has_work, True, plan_size, tokens, max(1, tokens), passes)
+            return Round(self._told_to_stop, has_work, True, plan_size, tokens, max(1, tokens), passes,
+                         graph=agreed_size([graph_rows], sizes))
         self.clock.mark("wait")
         row = [int(has_work), self._wake, plan_size, tokens, int(self._told_to_stop), passes,
-               self._rebalancer.milestones if self._rebalancer else 0]
+               self._rebalancer.milestones if self._rebalancer else 0, graph_rows]
         rows = group.all_gather(torch.tensor(row)).tolist()
         most = max(row[3] for row in rows)
         return Round(any(row[4] for row in rows), any(row[0] for row in rows), len({row[1] for row in rows}) == 1,
                      rows[at.dp_rank * at.tp][2], most, max(1, -(-most // at.tp)), max(row[5] for row in rows),
-                     min(row[6] for row in rows))
+                     min(row[6] for row in rows), agreed_size([row[7] for row in rows], sizes))
 
     def _share(self, segments: list[Segment], packed: torch.Tensor, size: int) -> list[Segment]:
         """The leader's segments, on all its TP ranks."""
@@ -182,9 +187,10 @@ class StepLoop:
         """Logits of the rows that asked; their greedy tokens, where the step gives them as well; the finished states of all
         tokens, where somebody needs them."""
         rank, pool, model = self.rank, self.rank.pool, self.rank.transformer
-        if rank.decode is not None and rank.decode.fits(segments):
+        if agreed.graph is not None:
+            assert rank.decode is not None
             self.clock.mark("graph")
-            drawn = rank.decode.run(segments)
+            drawn = rank.decode.run(segments, agreed.graph)
             return drawn.logits, drawn.tokens, drawn.states
         overlaps = pool.tbo and agreed.tokens >= pool.tbo_min_tokens
         steps = [make_step(part, pool.block_tokens, rank.device) for part in (halve(segments) if overlaps else [segments])]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.comm.experts import ExpertComm, make_expert_comm
+from runtime.comm.experts import ExpertComm, graph_rows, make_expert_comm
 from runtime.comm.group import Group, make_group, solo
 from runtime.kv import kv_shape, make_kv
 from runtime.layout import RankLayout, layouts
@@ -51,7 +51,8 @@ class Groups:
 @dataclass(frozen=True)
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
-    steps of decodes alone, where it is there; `mtp` drafts, with the last of `kv` as its cache."""
+    steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
+    `kv` as its cache."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -112,13 +113,13 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     kv = make_kv(cached, at, blocks, pool.block_tokens, dtype, device)
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
     decode = None
-    if device.type == "cuda" and options.backend == "triton" and options.graphs and at.world == 1:
+    rows = graph_rows(experts, pool.max_num_seqs * (1 + pool.mtp_draft_tokens)) if at.tp == 1 else 0
+    if device.type == "cuda" and options.backend == "triton" and options.graphs and rows:
         from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
 
         mark("capture")
-        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context,
-                              most=pool.max_num_seqs * (1 + pool.mtp_draft_tokens))
-        decode.capture()
+        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows)
+        decode.capture()  # on all ranks of the instance at once, size by size
     return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
                 placement, decode, Mtp(transformer, params, placement) if mtp else None)
 

@@ -159,14 +159,14 @@ class Symmetric:
 
         self.exchange = SymmExchange(over(group.pg), group.index, group.size, slots_per_rank=at.slots_per_rank,
                                      expert_tp=at.expert_tp, fp8=fp8, timeout_s=timeout_s)
-        self._large, self._most = AllToAll(group, at), most
+        self._large, self.most = AllToAll(group, at), most
 
     @property
     def sent_bytes(self) -> int:
         return self.exchange.sent_bytes + self._large.sent_bytes
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
-        if capacity > self._most:
+        if capacity > self.most:
             return self._large.dispatch(x_TH, slots_TK, weights_TK, capacity)
         came = self.exchange.widen(self.exchange.dispatch(x_TH, slots_TK, weights_TK, capacity))
         return Dispatched(came.x_NH, came.slots_NK, came.weights_NK, came, came.out_NH)
@@ -198,6 +198,14 @@ def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout, *, devi
     if backend == "ag_rs":
         return AllGather(group, at)
     raise SpecError(f"comm backend {backend} is not in this build", field="comm", expected="auto, symm, gloo, nccl or ag_rs")
+
+
+def graph_rows(comm: ExpertComm, most: int) -> int:
+    """Of steps of up to `most` tokens a rank, how many tokens one may have that a CUDA graph holds; 0 where the backend asks
+    the host."""
+    if isinstance(comm, Symmetric):
+        return min(most, comm.most)
+    return most if isinstance(comm, Local) else 0
 
 
 def check_peers(comm: ExpertComm) -> None:

@@ -19,7 +19,7 @@ from runtime.batch import Segment, halve, make_step
 from runtime.clock import Clock
 from runtime.loop import StepLoop
 from runtime.options import EngineOptions
-from runtime.rank import build_rank
+from runtime.rank import Rank, build_rank
 from runtime.sampling import sample, uniform
 from runtime.types import SamplingParams
 from twin.spec.model import ModelSpec
@@ -164,10 +164,11 @@ class _Script:
 
 
 def serve(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str | None,
-          requests: list[tuple[list[int], SamplingParams]]) -> Served:
-    """Serve requests, dealt to the DP ranks, by the loop that engines run; seeds are the requests' numbers."""
+          requests: list[tuple[list[int], SamplingParams]], fit: Callable[[Rank], Rank] = lambda rank: rank) -> Served:
+    """Serve requests, dealt to the DP ranks, by the loop that engines run; seeds are the requests' numbers. `fit` may change
+    the rank's equipment."""
     clock = Clock(None, rank_no)
-    rank = build_rank(model, plan, EngineOptions(checkpoint=checkpoint), rank_no, clock.mark)
+    rank = fit(build_rank(model, plan, EngineOptions(checkpoint=checkpoint), rank_no, clock.mark))
     messages: list[dict[str, Any]] = [{"op": "wake", "wake": 1}]
     for i, (prompt, params) in enumerate(requests):
         if rank.at.is_leader and i % rank.at.dp == rank.at.dp_rank:

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def ladder(most: int) -> tuple[int, ...]:
     """Rows: 1, 2, 4, 8, then multiples of 16 to 64, of 32 to 256, of 64 above; `most` is the last."""
     sizes = (1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, most + 64, 64))
     return (*(s for s in sizes if s < most), most)
+
+
+EAGER = -1
+"""A rank's number of rows where its step is none that a graph can hold: it computes prompts."""
+
+
+def agreed_size(rows: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """Which of the ascending `sizes` all ranks of an instance run together, from the rows that each of them has.
+
+    Ranks exchange tokens inside a step, so a graph is of use only if every rank replays the one of the same size: the
+    smallest that holds the rank with most rows; a rank without any runs padding alone. None: nobody has rows, a rank has
+    `EAGER`, or one has more than the largest size. Then all do without a graph.
+    """
+    most = max(rows)
+    if min(rows) < 0 or most == 0:
+        return None
+    return next((size for size in sizes if size >= most), None)

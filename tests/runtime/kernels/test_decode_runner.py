@@ -80,6 +80,19 @@ def test_steps_of_the_runner_are_those_of_the_torch_backend(device: torch.device
     assert loads[0] % model.moe.top_k == 0 and (device.type == "cuda" or loads[0] == (sum(LENS) + 9) * model.moe.top_k)
 
 
+def test_steps_that_follow_stay_in_their_own_blocks(device: torch.device) -> None:
+    """They pass into a block that was given, not into the first of all, and stop where what was given ends."""
+    transformer, kv = build(tiny("llama"), "triton", device)
+    runner = DecodeRunner(transformer, kv, BLOCK, most=1, max_context=32, sizes=[1])
+    runner.run([Segment([5], 2, (3, 6))])
+    for _ in range(5):
+        runner.again(1)
+    written = [i for i in range(len(kv[0])) if kv[0][i].any()]
+    assert written == [3, 6] and all(kv[0][6, 0, row].any() for row in range(BLOCK))
+    with pytest.raises(ValueError, match="outgrown its blocks"):
+        runner.again(1)
+
+
 def test_fp8_weights_give_nearly_the_same_logits(device: torch.device) -> None:
     model = tiny("llama")  # without routing, whose near ties a rounding may turn
     wide, kv = build(model, "torch", device)
