@@ -109,7 +109,7 @@ def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Ne
         load += matrix @ gather @ senders_Rd
         busy = busy + spread
     if backwards:
-        load = load[_reverse(network)]
+        load = load[reversed_links(network)]
     forwards = len(legs) > 1 and bool(load[~network.nvlink_links].any())
     rate = link_rates(phase, network, forwards=forwards)
     skew = np.where(network.nvlink_links | (len(legs) == 1), reach.skew, reach.skew_rail)
@@ -126,7 +126,7 @@ def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
     return np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
 
 
-def _reverse(network: Network) -> Ints:
+def reversed_links(network: Network) -> Ints:
     """The link that carries the same bytes when every flow turns round."""
     swap = {"nvlink_up": "nvlink_down", "pcie_up": "pcie_down", "nic_up": "nic_down", "leaf_up": "leaf_down"}
     swap |= {v: k for k, v in swap.items()}
