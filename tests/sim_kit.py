@@ -69,8 +69,8 @@ def workload(arrivals: Arrivals, isl: float | Lengths = 1, osl: float | Lengths 
 
 
 def scenario(traffic: WorkloadSpec, *pools: PoolPlan, seed: int = 0, on: ClusterSpec | None = None,
-             **plan: Any) -> Scenario:
-    return Scenario(name="test", model=MODEL, cluster=on or cluster(), workload=traffic, seed=seed,
+             kv_send: str = "engine", **plan: Any) -> Scenario:
+    return Scenario(name="test", model=MODEL, cluster=on or cluster(), workload=traffic, seed=seed, kv_send=kv_send,
                     plan=Plan(pools=pools, **plan))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from twin.cost.batch import StepBatch, StepCost
-from twin.sim.instance import Instance, Run
+from twin.sim.instance import Instance, Run, batch_at
 from twin.spec.base import Source
 
+SHARED_LINKS = "overlap/shared_links"
 _PER_OCTAVE = 4  # bits: 16 steps are sampled between step 2^n and step 2^(n+1)
 
 
@@ -40,7 +39,7 @@ class Breakdown:
             if step < run.first + run.steps:
                 batch = batch_at(run, step - run.first)
                 self.batches.append((step, batch))
-                self.add(instance.costs.step(batch), stride_at(step))
+                self.add(_squeezed(instance.costs.step(batch), run, step - run.first), stride_at(step))
             step += 1
 
     def add(self, other: Breakdown | StepCost, weight: float = 1.0) -> None:
@@ -77,11 +76,13 @@ def together(breakdowns: Iterable[Breakdown]) -> Breakdown:
     return total
 
 
-def batch_at(run: Run, offset: int) -> StepBatch:
-    """What the ranks did in the step `offset` steps into a run."""
-    batch = run.batch
-    return StepBatch(batch.decode_seqs, np.asarray(batch.decode_context + offset * batch.decode_seqs),
-                     batch.prefill_tokens, batch.prefill_context, batch.prefill_seqs)
+def _squeezed(cost: StepCost, run: Run, offset: int) -> StepCost:
+    """With what KV transfers and migrations on the same links added to the step, as a part of its own."""
+    more_s = float(run.step_s[offset] - run.alone_s[offset])
+    if more_s == 0.0:
+        return cost
+    return StepCost(cost.total_s + more_s, {**cost.parts_s, SHARED_LINKS: more_s}, {**cost.sources, SHARED_LINKS: "roofline"},
+                    cost.low_s + more_s, cost.high_s + more_s)
 
 
 def common_source(sources: list[Source]) -> Source:

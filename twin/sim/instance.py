@@ -9,7 +9,7 @@ What comes from outside (requests, hand-overs) waits in `inbox` until a boundary
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from twin.cost.batch import StepBatch, StepCost
 from twin.policy.steps import StepPlan
-from twin.sim.clock import FIRST_INSTANCE_PHASE, Clock
+from twin.sim.clock import FIRST_INSTANCE_PHASE, TRANSFER_PHASE, Clock
+from twin.sim.presence import Presence
 from twin.sim.rank import Handover, Rank
 from twin.sim.request import Request
 from twin.sim.steplog import StepLog
@@ -38,8 +39,10 @@ class StepCosts(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told what happens to requests. `first_token` comes before `finished` or `prefilled`."""
+    """Who is told what happens to requests. `prompt_ends`: a step begins that computes the last `tokens` tokens of a prompt in
+    a prefill pool. `first_token` comes before `finished` or `prefilled`."""
 
+    def prompt_ends(self, request: Request, instance: Instance, rank: int, tokens: int) -> None: ...
     def first_token(self, request: Request, instance: Instance) -> None: ...
     def prefilled(self, request: Request, instance: Instance, rank: int) -> None: ...
     def finished(self, request: Request, instance: Instance, rank: int) -> None: ...
@@ -52,16 +55,27 @@ class Run:
     """Steps in flight: `planned` ranks do what their plans say (then it is one step), all others decode.
 
     `batch`: what each rank does in the first of the steps; decode contexts grow by `decode_seqs` a step.
+    `alone_s`, `step_s`: seconds of each step without and with what others take of its links.
     `first`: index of the first step in the log, once it is logged.
     """
 
     start_s: float
     ends_s: NDArray[np.float64]
     step_s: NDArray[np.float64]
+    alone_s: NDArray[np.float64]
     steps: int
     batch: StepBatch
     planned: list[tuple[int, StepPlan]]
     first: int = -1
+    retimed: int = -1  # the last step, when its pace changed on the way, to `pace_s` for a whole step
+    pace_s: float = 0.0
+
+
+def batch_at(run: Run, offset: int) -> StepBatch:
+    """What the ranks did in the step `offset` steps into a run."""
+    batch = run.batch
+    return StepBatch(batch.decode_seqs, np.asarray(batch.decode_context + offset * batch.decode_seqs),
+                     batch.prefill_tokens, batch.prefill_context, batch.prefill_seqs)
 
 
 class Instance:
@@ -77,7 +91,9 @@ class Instance:
         self.log = StepLog()
         self.segments: list[tuple[int, int, int]] = []  # (request, first step, last step) that gave it one token each
         self.preemptions = 0
+        self.presence: Presence | None = None  # on links that others use, where they do
         self.inbox: list[tuple[int, Request | Handover]] = []
+        self._calls: list[Callable[[], None]] = []  # to be made between steps
         self._mtp = mtp_stream
         self._seqs, self._context, self._other, self._waiting, self._lag = np.zeros((5, pool.dp), dtype=np.int64)
         self._horizon = np.full(pool.dp, NEVER, dtype=np.int64)
@@ -91,6 +107,16 @@ class Instance:
     def enqueue(self, rank: int, item: Request | Handover) -> None:
         """Hand a request, or a hand-over that needs memory, to a rank; it is looked at between steps."""
         self.inbox.append((rank, item))
+        self.disturb()
+
+    def between_steps(self, call: Callable[[], None]) -> None:
+        """Have something done when the step that is under way (or begins at this very moment) has ended."""
+        later = self.clock.at(self.clock.now, TRANSFER_PHASE)
+        assert later.callbacks is not None
+        later.callbacks.append(lambda _: self._call_later(call))
+
+    def _call_later(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
         self.disturb()
 
     def release(self, rank: int, request_id: int) -> None:
@@ -125,6 +151,21 @@ class Instance:
                 run.steps = steps
                 self.process.interrupt()
 
+    def retime(self) -> None:
+        """What others take of its links has changed: the rest of the step under way takes a longer or shorter time."""
+        run = self._run
+        if run is None or self.presence is None:
+            return
+        done = self._steps_done(run)
+        step_s = float((run.alone_s[done:done + 1] + self.presence.longer_s(batch_at(run, done), 1))[0])
+        pace_s = run.pace_s if run.retimed == done else float(run.step_s[done])
+        left = (float(run.ends_s[done]) - self.clock.now) / pace_s
+        start_s = float(run.ends_s[done - 1]) if done else run.start_s
+        run.retimed, run.pace_s, run.steps = done, step_s, done + 1
+        run.ends_s[done] = self.clock.now + left * step_s
+        run.step_s[done] = run.ends_s[done] - start_s
+        self.process.interrupt()
+
     def settle(self) -> None:
         """The simulation is over: log the steps of the run in flight that have ended by now."""
         if self._run is not None:
@@ -146,6 +187,8 @@ class Instance:
             run = self._begin()
             self.clock.phase = 0
             if run is None:
+                if self.presence is not None:
+                    self.presence.rests()
                 self._asleep = self.clock.event()
                 yield self._asleep
                 continue
@@ -183,13 +226,19 @@ class Instance:
             grown = np.arange(steps)[:, None] * self._seqs
             step_s = self.costs.decode_s(np.broadcast_to(self._seqs, grown.shape), self._context + grown)
         now = self.clock.now
+        alone_s = step_s
+        if self.presence is not None:
+            self.presence.begins(batch, float(step_s[0]))
+            step_s = alone_s + self.presence.longer_s(batch, steps)
         ends_s = np.cumsum(np.concatenate([[now], step_s]))[1:]  # one addition after the other, as single steps do
-        for _, plan in planned:
+        for rank, plan in planned:
             for chunk in plan.prefill:
                 request = self.requests[chunk.request_id]
                 if request.prefill_start_s is None:
                     request.prefill_start_s = now
-        return Run(now, ends_s, step_s, steps, batch, planned)
+                if chunk.is_last and self.pool.role == "prefill" and request.osl > 1:
+                    self.listener.prompt_ends(request, self, rank, chunk.tokens)
+        return Run(now, ends_s, step_s, alone_s, steps, batch, planned)
 
     def _batch(self, planned: list[tuple[int, StepPlan]]) -> StepBatch:
         prefill = np.zeros((3, self.pool.dp))
@@ -247,6 +296,9 @@ class Instance:
     # Bookkeeping of one rank.
 
     def _read_inbox(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
         inbox, self.inbox = self.inbox, []
         for rank, item in inbox:
             self.sync(rank)

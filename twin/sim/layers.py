@@ -28,6 +28,7 @@ from twin.sim.clock import Clock
 from twin.sim.transfers import Transfers
 
 Floats = NDArray[np.float64]
+_ENDLESS_BYTES = 1e18
 _BESIDE = "overlap/shared_experts"
 _ONCE = ("embedding", "head", "sampling", "tp/logits", "host/", "mtp/")
 
@@ -80,8 +81,9 @@ class StepView:
         return events
 
 
-def follow_step(cost: CostModel, batch: StepBatch) -> StepView | None:
-    """The step in layer grain; None for a step that overlaps two half batches, which has no single order of layers."""
+def follow_step(cost: CostModel, batch: StepBatch, beside: Sequence[tuple[int, int]] = ()) -> StepView | None:
+    """The step in layer grain; None for a step that overlaps two half batches, which has no single order of layers.
+    `beside`: pairs of GPUs between which something else (KV) flows all the time."""
     step = cost.step(batch)
     if "overlap/tbo" in step.parts_s:
         return None
@@ -90,7 +92,7 @@ def follow_step(cost: CostModel, batch: StepBatch) -> StepView | None:
     model = cost.model
     dense = _dense_layer(cost, ranks)
     popularity = _relative_load(cost)
-    moe = [_MoeLayer(cost, batch, step, ranks, load_R, float(load_R.max() / popularity.max(axis=1).mean())).run()
+    moe = [_MoeLayer(cost, batch, step, ranks, load_R, float(load_R.max() / popularity.max(axis=1).mean()), beside).run()
            for load_R in popularity]
     layers, next_moe = [], 0
     for kind in model.layer_ffn:
@@ -145,6 +147,7 @@ class _MoeLayer:
     ranks: Sequence[dict[str, float]]
     load_R: Floats
     weight: float
+    beside: Sequence[tuple[int, int]] = ()
     spans: list[Span] = field(default_factory=list)
 
     def run(self) -> LayerRun:
@@ -185,7 +188,7 @@ class _MoeLayer:
         gpus = [int(gpu) for gpu in site.gpus_R]
         bytes_RR, forwards = self._traffic(crossing)
         network = _paced(site.network, link_rates(crossing.phase, site.network, forwards=forwards))
-        clock, arrived = Clock(), ready_R.copy()
+        clock, arrived, landed = Clock(), ready_R.copy(), 0
         transfers = Transfers(clock, network)
 
         def send(src: int, _: object) -> None:
@@ -194,13 +197,18 @@ class _MoeLayer:
                     transfers.start([gpus[src]], [gpus[dst]], float(bytes_RR[src, dst]), partial(land, dst))
 
         def land(dst: int) -> None:
+            nonlocal landed
+            landed += 1
             arrived[dst] = max(arrived[dst], clock.now)
 
         for src, ready_s in enumerate(ready_R.tolist()):
             start = clock.at(ready_s)
             assert start.callbacks is not None
             start.callbacks.append(partial(send, src))
-        clock.run()
+        for src, dst in self.beside:
+            transfers.start([src], [dst], _ENDLESS_BYTES, lambda: None)
+        while landed < np.count_nonzero(bytes_RR):
+            clock.step()
         fixed_s = sum(self.step.parts_s.get(f"moe/{crossing.name}/{part}", 0.0) for part in ("latency", "wait"))
         fixed_s /= max(self.cost.model.moe_layers, 1)
         self._note(crossing.name, ready_R, arrived + fixed_s)

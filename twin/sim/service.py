@@ -9,13 +9,16 @@ from typing import Protocol
 import numpy as np
 
 from twin.cost.batch import StepBatch
+from twin.cost.handover import HandoverStyle, handover_of
+from twin.cost.model import CostModel
 from twin.cost.network import Network
 from twin.policy.admission import Admission, Decision
 from twin.policy.arrivals import named_seed, named_stream
 from twin.sim.clock import Clock
 from twin.sim.instance import Instance, Run, StepCosts
-from twin.sim.rank import Handover
+from twin.sim.presence import Presence
 from twin.sim.request import Request
+from twin.sim.sending import Sendings
 from twin.sim.targets import Targets
 from twin.sim.transfers import Transfers
 from twin.spec.cluster import ClusterSpec
@@ -70,10 +73,12 @@ def lay_out(plan: Plan, cluster: ClusterSpec) -> list[list[tuple[int, ...]]]:
 
 
 class Service:
-    """One plan at work. `ended` is called when a request finishes or is refused."""
+    """One plan at work. `ended` is called when a request finishes or is refused. `style` is how KV is handed over (None: as
+    the plan's engine does it), `layers` those of the model."""
 
     def __init__(self, clock: Clock, cluster: ClusterSpec, plan: Plan, costs: Sequence[PoolCosts], *, seed: int,
-                 ended: Callable[[Request], None], switches: Switches | None = None) -> None:
+                 ended: Callable[[Request], None], switches: Switches | None = None, style: HandoverStyle | None = None,
+                 layers: int = 1) -> None:
         self.clock, self.plan, self.costs, self.ended = clock, plan, costs, ended
         self.requests: dict[int, Request] = {}
         switches = switches or Switches()
@@ -85,15 +90,28 @@ class Service:
                 self.instances.append(Instance(
                     clock, number, index, pool, cost, cost.kv_blocks_per_rank, gpus, self.requests, self,
                     named_stream(seed, f"mtp/{number}"), coalesce=switches.coalesce))
-        self.transfers = Transfers(clock, Network(cluster)) if plan.separated else None
+        style = style or handover_of(plan.engine)
+        self.transfers = Transfers(clock, Network(cluster), style) if plan.separated else None
+        if self.transfers is not None:
+            self._share_links(self.transfers)
         self.entry = self._targets(seed, "prefill" if plan.separated else "mixed")
         self.decode = self._targets(seed, "decode") if plan.separated else self.entry
         self.admission = None if plan.max_outstanding is None else Admission(plan.max_outstanding)
-        self.in_transfer: set[int] = set()
+        self.sendings = None
+        if self.transfers is not None:
+            self.sendings = Sendings(clock, self.transfers, self.decode, style, layers, self._note)
         # What a request spends in the front end before a rank hears of it: it has just missed a step that began meanwhile.
         self._frontend_s = max((float(getattr(cost, "frontend_s", 0.0)) for cost in costs), default=0.0)
         self._outstanding_tokens = 0
         self._outstanding = 0
+
+    def _share_links(self, transfers: Transfers) -> None:
+        """KV and the collectives of instances slow one another down where they use the same links."""
+        for instance in self.instances:
+            if isinstance(instance.costs, CostModel) and instance.pool.world > 1:
+                presence = Presence(instance.costs, instance.gpus, transfers.changed, instance.retime)
+                instance.presence = presence
+                transfers.add_neighbour(presence)
 
     def _targets(self, seed: int, role: str) -> Targets:
         instances = [instance for instance in self.instances if instance.pool.role == role]
@@ -172,28 +190,18 @@ class Service:
         self._note("first_token", request, instance, request.prefill_rank)
         self.entry.prompt_done(instance, request.prefill_rank, request.isl - request.cached_tokens)
 
+    def prompt_ends(self, request: Request, instance: Instance, rank: int, tokens: int) -> None:
+        assert self.sendings is not None, "a prefill pool in a plan that is not separated"
+        self.sendings.prompt_ends(request, instance, rank, tokens, self._kv_bytes(request, instance))
+
     def prefilled(self, request: Request, instance: Instance, rank: int) -> None:
-        """Look for a decode rank; the KV stays here until it has been sent there."""
+        """The KV stays here until it has been sent to a decode rank."""
+        assert self.sendings is not None, "a hand-over in a plan that is not separated"
         self.entry.left(instance, rank, 0)
-        site = self.decode.choose(0, request.osl)
-        request.decode_instance, request.decode_rank = site.instance.number, site.rank
-        site.instance.enqueue(site.rank, Handover(request, lambda: self._send(request, instance, site.instance)))
+        self.sendings.prefilled(request, instance, rank, self._kv_bytes(request, instance))
 
-    def _send(self, request: Request, source: Instance, target: Instance) -> None:
-        assert self.transfers is not None, "a hand-over in a plan that is not separated"
-        self._note("transfer", request, target, request.decode_rank)
-        self.in_transfer.add(request.id)
-        request.transfer_start_s = begin_s = self.clock.now
-        n_bytes = self.costs[source.pool_index].kv_transfer_bytes(request.isl)
-
-        def done() -> None:
-            self._note("landed", request, target, request.decode_rank)
-            request.kv_transfer_s = self.clock.now - begin_s
-            self.in_transfer.remove(request.id)
-            source.release(request.prefill_rank, request.id)
-            target.enqueue(request.decode_rank, request)
-
-        self.transfers.start(rank_gpus(source, request.prefill_rank), rank_gpus(target, request.decode_rank), n_bytes, done)
+    def _kv_bytes(self, request: Request, source: Instance) -> float:
+        return self.costs[source.pool_index].kv_transfer_bytes(request.isl)
 
     def finished(self, request: Request, instance: Instance, rank: int) -> None:
         self._note("finish", request, instance, rank)
@@ -213,12 +221,6 @@ class Service:
     def _note(self, what: str, request: Request, instance: Instance | None = None, rank: int = -1) -> None:
         if self._observer is not None:
             self._observer(self.clock.now, what, request.id, -1 if instance is None else instance.number, rank)
-
-
-def rank_gpus(instance: Instance, rank: int) -> tuple[int, ...]:
-    """The TP GPUs of one DP rank."""
-    tp = instance.pool.tp
-    return instance.gpus[rank * tp:(rank + 1) * tp]
 
 
 def prefill_token_s(pool: PoolPlan, cost: StepCosts) -> float:

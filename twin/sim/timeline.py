@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from twin.sim.breakdown import batch_at
-from twin.sim.instance import Instance, Run
+from twin.sim.instance import Instance, Run, batch_at
 from twin.sim.request import Request
 
 Event = dict[str, Any]

@@ -1,15 +1,41 @@
-"""KV transfers under way, as flows that share the links of the cluster max-min fair."""
+"""KV transfers under way, as flows that share the links of the cluster max-min fair, with one another and with collectives.
+
+Collectives are not followed message by message. What a step's dispatches and combines put on a link is spread evenly over
+the step; a link has for KV what they leave on average, and at least its flows' fair part of the link while an exchange is
+on it (so many flows of so many). The exchanges have what KV leaves then, and take longer for it (`Neighbour.squeeze`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twin.cost.network import Flow, Network
+from twin.cost.handover import HandoverStyle
+from twin.cost.network import Flow, Ints, Network
 from twin.sim.clock import TRANSFER_PHASE, Clock
+
+Floats = NDArray[np.float64]
+
+
+class Neighbour(Protocol):
+    """Collectives that use links beside transfers. k: their links."""
+
+    @property
+    def links_k(self) -> Ints: ...
+
+    def load(self) -> tuple[Floats, Floats]:
+        """Mean bytes/s on each link now, and the flows that carry them while an exchange is under way (none when nothing
+        runs): [k], [k]."""
+        ...
+
+    def squeeze(self, taken_k: Floats) -> None:
+        """From now on, transfers take this part of each link while an exchange is on it."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -38,16 +64,36 @@ class Transfer:
 
 
 class Transfers:
-    """Rates are found anew when flows start or end, for the flows that share links with them, directly or through others;
-    between these moments rates are constant, so this is exact."""
+    """Rates are found anew when flows start or end, or when neighbours begin to do something else, for the flows that share
+    links with them, directly or through others; between these moments rates are constant, so this is exact.
 
-    def __init__(self, clock: Clock, network: Network) -> None:
-        self.clock, self.network = clock, network
+    `style`: what transfers get out of links and take at least (None: all of it, and nothing).
+    """
+
+    def __init__(self, clock: Clock, network: Network, style: HandoverStyle | None = None) -> None:
+        self.clock, self.style = clock, style
+        self.network = copy.copy(network)  # its capacities are what transfers find
+        self.capacity, self.most = network.capacity, (1.0 if style is None else style.link_share) * network.capacity
+        self.network.capacity = self.most.copy()
         self.streams: dict[Stream, None] = {}  # in order of start
         self.delivered_bytes = np.zeros(len(network.links))  # by link, of streams that ended
+        self.rate_on = np.zeros(len(network.links))  # bytes/s on each link now
+        self._neighbours: list[Neighbour] = []
+        self._flows = np.zeros(len(network.links))  # of transfers, by link
         self._on_link: dict[int, dict[Stream, None]] = {}
         self._changed: set[int] = set()  # links whose flows have changed at this moment
         self._generation = 0
+
+    def add_neighbour(self, neighbour: Neighbour) -> None:
+        """Share links with an instance's collectives; to be told of every change of what they do (`changed`)."""
+        self._neighbours.append(neighbour)
+
+    def changed(self, neighbour: Neighbour) -> None:
+        """What a neighbour puts on its links has changed."""
+        if self.streams:
+            links = neighbour.links_k[self._flows[neighbour.links_k] > 0]
+            if len(links):
+                self._touch(links.tolist())
 
     def start(self, src_gpus: Sequence[int], dst_gpus: Sequence[int], n_bytes: float, done: Callable[[], None]) -> None:
         """Send `n_bytes` from the GPUs of one rank to those of another; `done` is called when they are there.
@@ -58,6 +104,9 @@ class Transfers:
         flows = [Flow(src_gpus[i * len(src_gpus) // pairs], dst_gpus[i * len(dst_gpus) // pairs], n_bytes / pairs)
                  for i in range(pairs)]
         latency_s = max(self.network.latency_s(flow.src, flow.dst) for flow in flows)
+        if self.style is not None:
+            gathered_bytes = n_bytes / min(len(src_gpus), len(dst_gpus))
+            latency_s += self.style.base_s + gathered_bytes / self.style.gather_bytes_per_s
         flows = [flow for flow in flows if flow.src != flow.dst and flow.n_bytes > 0]
         transfer = Transfer(done, latency_s, len(flows))
         if not flows:
@@ -68,7 +117,8 @@ class Transfers:
             self.streams[stream] = None
             for link in stream.links:
                 self._on_link.setdefault(link, {})[stream] = None
-            self._touch(stream)
+                self._flows[link] += 1
+            self._touch(stream.links)
 
     def crossed_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link up to now [links]."""
@@ -77,26 +127,50 @@ class Transfers:
             crossed[list(stream.links)] += stream.flow.n_bytes - stream.left_at(self.clock.now)
         return crossed
 
-    def _touch(self, stream: Stream) -> None:
-        """A stream has come or gone: once all that happens at this moment has, find the rates anew."""
+    def _touch(self, links: Iterable[int]) -> None:
+        """Something changes on these links: once all that happens at this moment has, find the rates anew."""
         if not self._changed:
             self._generation += 1  # appointments made so far are void
             self._call(self.clock.now, self._share)
-        self._changed.update(stream.links)
+        self._changed.update(links)
 
     def _share(self) -> None:
         """Find the rates of the streams that a change reaches, and make an appointment with the first that will end."""
         now = self.clock.now
         affected = self._reached(self._changed)
+        links = np.array(sorted(self._changed.union(*(stream.links for stream in affected))))
         self._changed = set()
+        near = [n for n in self._neighbours if np.isin(links, n.links_k, assume_unique=True).any()]
+        fair = self._leave_room(links, near)
         if affected:
             rates = self.network.rates([stream.flow for stream in affected])
             for stream, rate in zip(affected, rates.tolist(), strict=True):
                 stream.left_bytes, stream.since_s, stream.rate = stream.left_at(now), now, rate
                 stream.end_s = now + stream.left_bytes / rate
+        self.rate_on[links] = 0.0
+        for stream in affected:
+            self.rate_on[list(stream.links)] += stream.rate
+        for neighbour in near:
+            at = neighbour.links_k
+            neighbour.squeeze(np.minimum(self.rate_on[at] / self.capacity[at], fair[at]))
         if self.streams:
             generation = self._generation
             self._call(min(stream.end_s for stream in self.streams), lambda: self._end(generation))
+
+    def _leave_room(self, links: Ints, near: Sequence[Neighbour]) -> Floats:
+        """Set the capacities that transfers find on `links`; their fair part of every link while exchanges are on it."""
+        if not near:
+            self.network.capacity[links] = self.most[links]
+            return np.ones(len(self.capacity))
+        used, flows = np.zeros(len(self.capacity)), np.zeros(len(self.capacity))
+        for neighbour in near:
+            load, count = neighbour.load()
+            used[neighbour.links_k] += load
+            flows[neighbour.links_k] += count
+        fair = self._flows / np.maximum(self._flows + flows, 1.0)
+        left = np.maximum(self.capacity - used, self.capacity * fair)
+        self.network.capacity[links] = np.minimum(self.most, left)[links]
+        return np.asarray(fair)
 
     def _reached(self, links: set[int]) -> list[Stream]:
         """Streams on these links, and those that share any link with one of them, and so on; in order of start."""
@@ -118,11 +192,12 @@ class Transfers:
             del self.streams[stream]
             for link in stream.links:
                 del self._on_link[link][stream]
+                self._flows[link] -= 1
                 self.delivered_bytes[link] += stream.flow.n_bytes
             stream.transfer.open_streams -= 1
             if stream.transfer.open_streams == 0:
                 self._arrive_later(stream.transfer)
-            self._touch(stream)
+            self._touch(stream.links)
 
     def _arrive_later(self, transfer: Transfer) -> None:
         self._call(self.clock.now + transfer.latency_s, transfer.done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twin.cost.handover import handover_of
 from twin.sim.clients import Clients
 from twin.sim.clock import Clock
 from twin.sim.service import PoolCosts, Service, Switches
@@ -19,7 +20,8 @@ class World:
         self.clock = Clock()
         self.clients = Clients(self.clock, scenario.workload, scenario.seed, max_requests)
         self.service = Service(self.clock, scenario.cluster, plan, costs, seed=scenario.seed,
-                               ended=self.clients.request_ended, switches=switches)
+                               ended=self.clients.request_ended, switches=switches,
+                               style=handover_of(plan.engine, scenario.kv_send), layers=scenario.model.layers)
         self.clients.start(self.service, in_flight)
 
     @property

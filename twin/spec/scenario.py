@@ -12,6 +12,8 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan, Precision, RouterKind
 from twin.spec.workload import WorkloadSpec
 
+KvSend = Literal["engine", "prompt", "chunk", "layer"]
+"""What of a prompt's KV leaves while the rest is computed; `engine`: as the plan's engine does it."""
 Degrees = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(min_length=1, max_length=64)]
 
 
@@ -70,5 +72,6 @@ class Scenario(Spec):
     search: Search = Search()
     routing: Routing = Routing()
     engine: Literal["eptwin", "vllm", "sglang", "trtllm"] = "eptwin"
+    kv_send: KvSend = "engine"
     profile: str | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0

@@ -1,0 +1,92 @@
+"""What an instance's collectives are to others on the same links, and what others do to its steps.
+
+Legend of shapes: k links that the exchanges use, d DP ranks, n steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twin.cost.batch import StepBatch
+from twin.cost.model import CostModel
+from twin.cost.network import Ints
+from twin.cost.wire import Wire, wire_of
+
+Floats = NDArray[np.float64]
+_MOST_TAKEN = 0.95  # of a link by others: an exchange always gets something
+
+
+class Presence:
+    """A `Neighbour` of transfers. `changed` is called when the instance begins to do something else, `retime` when the step
+    under way is to take another time than it was said to."""
+
+    def __init__(self, costs: CostModel, gpus: tuple[int, ...], changed: Callable[[Presence], None],
+                 retime: Callable[[], None]) -> None:
+        self.costs = costs
+        self._gpus, self._changed, self._retime = gpus, changed, retime
+        self._work: tuple[StepBatch, float] | None = None  # what it does, and how long a step of it takes alone
+        self._taken_k: Floats | None = None
+        self._moved_k: Floats | None = None
+
+    @cached_property
+    def wire(self) -> Wire | None:
+        return wire_of(self.costs, self._gpus)
+
+    @cached_property
+    def links_k(self) -> Ints:
+        return np.zeros(0, dtype=np.int64) if self.wire is None else self.wire.links_k
+
+    # What it does to others.
+
+    def load(self) -> tuple[Floats, Floats]:
+        """Mean bytes/s on each link and the flows of an exchange: [k], [k]; nothing between steps."""
+        if self._work is None or self.wire is None:
+            none = np.zeros(len(self.links_k))
+            return none, none
+        batch, step_s = self._work
+        return self.wire.step_bytes(self.costs.exchanged_tokens(batch)) / step_s, self.wire.flows_k
+
+    def begins(self, batch: StepBatch, step_s: float) -> None:
+        """A step (or many alike) begins. Long decodes of the same sequences count as one load, whose steps grow unnoticed."""
+        known = self._work
+        same = known is not None and not batch.prefill_seqs.any() and not known[0].prefill_seqs.any() and \
+            np.array_equal(known[0].decode_seqs, batch.decode_seqs)
+        if not same:
+            self._work = (batch, step_s)
+            self._changed(self)
+
+    def rests(self) -> None:
+        """There is nothing to do."""
+        if self._work is not None:
+            self._work = None
+            self._changed(self)
+
+    # What others do to it.
+
+    def squeeze(self, taken_k: Floats) -> None:
+        """From now on transfers take this part of each link."""
+        now = taken_k if taken_k.any() else None
+        if (now is None) != (self._taken_k is None) or (now is not None and not np.array_equal(now, self._taken_k)):
+            self._taken_k = now
+            self._retime()
+
+    def longer_s(self, batch: StepBatch, steps: int) -> Floats | float:
+        """What `steps` decodes from `batch` on (or one step of any kind) take longer: [n]."""
+        taken = [part_k for part_k in (self._taken_k, self._moved_k) if part_k is not None]
+        if not taken or self.wire is None:
+            return 0.0
+        tokens_d = self.costs.exchanged_tokens(batch)
+        more_s = self.wire.more_s(tokens_d, np.minimum(np.sum(taken, axis=0), _MOST_TAKEN))
+        return self.costs.longer_s(rows(batch, steps), more_s) if more_s > 0 else 0.0
+
+
+def rows(batch: StepBatch, steps: int) -> StepBatch:
+    """The batch as rows [n, d]: a decode context grows by a token a sequence from one to the next."""
+    grown = np.arange(steps)[:, None] * batch.decode_seqs
+    same = [np.broadcast_to(part, grown.shape) for part in (
+        batch.decode_seqs, batch.prefill_tokens, batch.prefill_context, batch.prefill_seqs)]
+    return StepBatch(same[0], batch.decode_context + grown, *same[1:])
