@@ -85,16 +85,16 @@ def comm_buffer_bytes(model: ModelSpec, precision: Precision, pool: PoolPlan, ba
     return {"deepep_normal": 2.0, "nccl": 1.0, "ag_rs": 1.0}.get(backend, 0.0) * 2**30
 
 
-def kv_block_bytes(model: ModelSpec, precision: Precision, pool: PoolPlan) -> float:
-    """Bytes of one KV block on one rank. MTP modules cache their own layer."""
-    mtp = (model.kv_layers + model.mtp_layers) / model.kv_layers if pool.mtp_draft_tokens and model.kv_layers else 1.0
-    return pool.block_tokens * model.kv_bytes_per_token(precision.kv, tp=pool.tp) * mtp
+def kv_block_bytes(model: ModelSpec, precision: Precision, pool: PoolPlan, *, mtp: bool) -> float:
+    """Bytes of one KV block on one rank. MTP modules cache their own layer, where ranks hold them (`mtp`)."""
+    more = (model.kv_layers + model.mtp_layers) / model.kv_layers if mtp and model.kv_layers else 1.0
+    return pool.block_tokens * model.kv_bytes_per_token(precision.kv, tp=pool.tp) * more
 
 
-def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: Engine, hbm_bytes: float, backend: str) -> Memory:
-    """The fullest rank of a pool. Everything together stays within `memory_fraction` of the GPU; what is left over is the
+def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: Engine, hbm_bytes: float, backend: str, *,
+              mtp: bool) -> Memory:
+    """The fullest rank of a pool (with the MTP modules where `mtp`). Everything together stays within `memory_fraction` of the GPU; what is left over is the
     KV pool, unless `kv_blocks` states it. Raises Infeasible("memory") saying what was needed and what there was."""
-    mtp = pool.mtp_draft_tokens > 0
     dense = dense_weight_bytes(model, precision, pool.tp, mtp=mtp)
     experts = expert_weight_bytes(model, precision, pool, mtp=mtp)
     live = activation_bytes_of(model, precision, pool, engine)
@@ -103,7 +103,7 @@ def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: En
     reserved = engine.reserved_bytes + (engine.ep_reserved_bytes if pool.ep > 1 and pool.dp > 1 else 0.0)
     fixed = dense + experts + live + buffers + reserved + state
     allowed = pool.memory_fraction * hbm_bytes
-    block = kv_block_bytes(model, precision, pool)
+    block = kv_block_bytes(model, precision, pool, mtp=mtp)
     blocks = pool.kv_blocks if pool.kv_blocks is not None else int((allowed - fixed) // block) if block else 1 << 20
     needed = fixed + max(blocks, 1) * block
     if needed > allowed:

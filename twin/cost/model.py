@@ -91,8 +91,13 @@ class CostModel:
         return build_stack(self.site, self._shared, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
 
     @cached_property
+    def holds_mtp(self) -> bool:
+        """Whether ranks hold the model's MTP module: where any pool drafts with it, prompts need its KV in all of them."""
+        return self.model.mtp_layers > 0 and any(pool.mtp_draft_tokens for pool in (*self.plan.pools, self.pool))
+
+    @cached_property
     def _drafts(self) -> Stack | None:
-        if not self.pool.mtp_draft_tokens:
+        if not (self.pool.mtp_draft_tokens or self.holds_mtp):
             return None
         return build_stack(self.site, self._shared, draft_model(self.model), draft=True)
 
@@ -231,13 +236,26 @@ class CostModel:
         return parts
 
     def _draft_s(self, batch: StepBatch) -> Array:
-        """Seconds of drafting: one pass of the MTP module for every draft token, over the decoding sequences."""
+        """Seconds of drafting: one pass of the MTP module for every draft token, over the decoding sequences; the first one
+        takes prompts along, where the model has a module (prompt look-up needs no KV of its own)."""
         assert self._drafts is not None
+        extents = Extents(self.extents.window, self.extents.sparse, 0)
         seqs, context = np.atleast_2d(batch.decode_seqs), np.atleast_2d(batch.decode_context)
         none = np.zeros(seqs.shape)
-        x = features(StepBatch(seqs, context, none, none, none), Extents(self.extents.window, self.extents.sparse, 0))
-        streams = self._drafts.streams(x)
-        return np.asarray(self.pool.mtp_draft_tokens * (streams.compute + streams.comm) * (seqs.sum(axis=-1) > 0))
+
+        def passes(tokens: StepBatch) -> Array:
+            assert self._drafts is not None
+            streams = self._drafts.streams(features(tokens, extents))
+            return np.asarray((streams.compute + streams.comm) * ((tokens.decode_seqs + tokens.prefill_tokens).sum(axis=-1) > 0))
+
+        drafts = self.pool.mtp_draft_tokens
+        if not (self.holds_mtp and np.any(batch.prefill_tokens)):
+            return drafts * passes(StepBatch(seqs, context, none, none, none)) if drafts else np.zeros(len(seqs))
+        prompts = [np.atleast_2d(part) for part in (batch.prefill_tokens, batch.prefill_context, batch.prefill_seqs)]
+        if not drafts:
+            return passes(StepBatch(none, none, *prompts))
+        first = passes(StepBatch(seqs, context, *prompts))
+        return first + (drafts - 1) * passes(StepBatch(seqs, context, none, none, none))
 
     def _host_s(self, batch: StepBatch) -> Array:
         """Host time that the GPU waits for: fixed, and per sequence of the busiest rank. [n]"""
@@ -288,7 +306,8 @@ class CostModel:
             engine = self.site.engine
             if self.site.gpu.kind == "cpu":  # a process, no GPU context
                 engine = replace(engine, reserved_bytes=_CPU_RESERVED_BYTES)
-            self._memory = memory_of(self.model, self.plan.precision, self.pool, engine, self.site.gpu.hbm_bytes, backend)
+            self._memory = memory_of(self.model, self.plan.precision, self.pool, engine, self.site.gpu.hbm_bytes, backend,
+                                     mtp=self.holds_mtp)
         return self._memory
 
     @property
@@ -298,8 +317,9 @@ class CostModel:
 
     def kv_transfer_bytes(self, tokens: int) -> float:
         """Bytes that one request of `tokens` prompt tokens hands over, in this pool's layout: all TP ranks together, GQA
-        heads replicated where TP exceeds them (each rank sends what it holds), MLA's latent once."""
-        per_token = kv_block_bytes(self.model, self.plan.precision, self.pool) / self.pool.block_tokens
+        heads replicated where TP exceeds them (each rank sends what it holds), MLA's latent once; an MTP module's layer goes
+        along."""
+        per_token = kv_block_bytes(self.model, self.plan.precision, self.pool, mtp=self.holds_mtp) / self.pool.block_tokens
         copies = 1 if self.model.attention.kind == "mla" else self.pool.tp
         state = self.model.state_elements * 4.0
         return tokens * per_token * copies + state
