@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from cost_cases import cost_model, gqa_model, mla_model, pool_of
 
+from twin.cost.batch import StepBatch
 from twin.cost.memory import dense_weight_bytes, expert_weight_bytes
+from twin.cost.model import CostModel
 from twin.spec.errors import Infeasible
-from twin.spec.load import load_model
-from twin.spec.plan import Precision
+from twin.spec.load import load_cluster, load_model
+from twin.spec.plan import Plan, Precision
 
 FP8 = Precision(weights="fp8_block", experts="fp8_block", kv="bf16", dispatch="fp8")
 
@@ -95,3 +98,32 @@ def test_mtp_adds_its_module_and_its_cache() -> None:
     assert drafting.kv_pool_bytes == pytest.approx(plain.kv_pool_bytes * 5 / 4)
     assert drafting.expert_weight_bytes == pytest.approx(plain.expert_weight_bytes * 4 / 3)
     assert drafting.dense_weight_bytes > plain.dense_weight_bytes
+
+
+def test_prefill_ranks_hold_what_decode_ranks_draft_with() -> None:
+    """Where decode drafts with the MTP module, prefill computes the module's KV: its weights, its layer, and its bytes."""
+    model = mla_model()
+    prefill, decode = pool_of(role="prefill", dp=4, ep=4), pool_of(role="decode", dp=4, ep=4, mtp_draft_tokens=1)
+    plain, drafting = (CostModel(model, load_cluster("h200-1x8"), Plan(pools=(prefill, other)), prefill)
+                       for other in (decode.model_copy(update={"mtp_draft_tokens": 0}), decode))
+    assert plain.memory().dense_weight_bytes == dense_weight_bytes(model, Precision(), 1, mtp=False)
+    assert drafting.memory().dense_weight_bytes == dense_weight_bytes(model, Precision(), 1, mtp=True)
+    assert drafting.memory().expert_weight_bytes > plain.memory().expert_weight_bytes
+    assert drafting.kv_transfer_bytes(100) == pytest.approx(plain.kv_transfer_bytes(100) * 5 / 4)  # four layers and the module's
+    batch = StepBatch.prefill(np.full(4, 256))
+    parts = drafting.step(batch).parts_s
+    assert 0 < parts["mtp/draft"] < plain.step(batch).total_s
+    assert drafting.step_s(batch) == pytest.approx(sum(parts.values()))
+    assert "mtp/draft" not in plain.step(batch).parts_s
+
+
+def test_prompts_ride_along_with_the_first_draft() -> None:
+    pool = pool_of(dp=1, mtp_draft_tokens=2)
+    model = cost_model(mla_model(), "h200-1x8", pool)
+    prompts, decodes = StepBatch.prefill(256), StepBatch.decode(8, 8 * 100)
+    both = StepBatch(decodes.decode_seqs, decodes.decode_context, prompts.prefill_tokens, prompts.prefill_context,
+                     prompts.prefill_seqs)
+    alone, along, prompt = (model.step(batch).parts_s["mtp/draft"] for batch in (decodes, both, prompts))
+    assert max(alone, prompt) < along < alone + prompt
+    lookup = cost_model(mla_model(mtp_layers=0), "h200-1x8", pool)
+    assert "mtp/draft" not in lookup.step(prompts).parts_s
