@@ -40,6 +40,7 @@ from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
 from runtime.weights import load_weights
 from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
+from twin.validate.step import shorten
 
 _WARM = 3
 Json = dict[str, Any]
@@ -263,14 +264,6 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
                   "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
                   "provenance": {**provenance(commit), "method": __doc__}}
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def shorten(model: ModelSpec, layers: int | None) -> ModelSpec:
-    """The model with its first `layers` layers alone."""
-    if layers is None or layers >= model.layers:
-        return model
-    return model.model_copy(update={"layers": layers, "layer_ffn": model.layer_ffn[:layers],
-                                    "layer_attention": model.layer_attention[:layers]})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import click
 
 from twin.commands.against import against
 from twin.commands.shared import json_option, render_report, say
+from twin.commands.step import step
 from twin.spec.errors import OutOfBand, SpecError
 from twin.spec.results import RunResult
 from twin.spec.rundir import dump_json, read_run, read_spec, write_run
@@ -20,11 +21,12 @@ def validate() -> None:
 
     `eptwin validate run RUN_DIR` compares `predicted/` with `measured/` in a run directory (as `eptwin run --out` writes
     them); `eptwin validate pair PREDICTED MEASURED` compares any two results; `eptwin validate against FILE`
-    predicts public measurements.
+    predicts public measurements; `eptwin validate step` predicts one rank's step, and runs it where the GPU is.
     """
 
 
 validate.add_command(against)
+validate.add_command(step)
 
 
 band_option = click.option(

@@ -26,6 +26,7 @@ _TYPICAL = 128.0  # tokens at which the interval is read
 class Kernel:
     """One kernel that runs `times` a step, over tokens."""
 
+    key: str
     operator: str
     fixed: Mapping[str, float]
     times: int
@@ -34,9 +35,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Group:
-    """The kernels in whose place the table has operators of `key`: those that `folded` picks."""
+    """Kernels that stand together for the operators that `folded` picks."""
 
-    key: str
     folded: Callable[[Op], bool]
     kernels: tuple[Kernel, ...]
 
@@ -48,10 +48,10 @@ def split_small(ops: Sequence[Op], s: Slice, profile: Interpolator) -> tuple[lis
         curves = [(kernel, profile.curve(kernel.operator, kernel.fixed, {"dtype": kernel.dtype})) for kernel in group.kernels]
         if any(curve is None for _, curve in curves):
             continue
-        left = [op for op in left if not (op.key == group.key and group.folded(op))]
+        left = [op for op in left if not group.folded(op)]
         for kernel, curve in curves:
             assert curve is not None
-            keys.append(group.key)
+            keys.append(kernel.key)
             rows.append(np.log(curve.many(ROWS) * kernel.times))
             known.append(evidence_of(curve, _TYPICAL))
     if not rows:
@@ -66,42 +66,43 @@ def groups_of(s: Slice) -> list[Group]:
     model, a, h = s.model, s.model.attention, float(s.model.hidden)
     heads, fp8 = a.heads / s.tp, s.precision.weights == "fp8"
     softmax = sum(kind != "linear" for kind in model.layer_attention)
-    norms = [Kernel("norm", {"width": h}, 2 * model.layers)]
-    inputs: list[tuple[float, int]] = []  # (width, times a step) of what products read
+    norms = [Kernel("norm", "norm", {"width": h}, 2 * model.layers)]
+    inputs: list[tuple[str, float, int]] = []  # (key, width, times a step) of what products read
     groups = []
     if a.kind == "gqa" and softmax:
         shape = {"heads": heads, "kv_heads": float(-(-a.kv_heads // s.tp)), "head_dim": float(a.head_dim)}
-        groups.append(Group("attention/kv_write", _elementwise, (Kernel("rope", shape, softmax),)))
-        inputs += [(h, softmax), (heads * a.v_head_dim, softmax)]
+        groups.append(Group(_elementwise("attention/kv_write"), (Kernel("attention/kv_write", "rope", shape, softmax),)))
+        inputs += [("attention/quantise", h, softmax), ("attention/quantise", heads * a.v_head_dim, softmax)]
     elif a.kind == "mla":
         assert a.kv_lora_rank and a.qk_rope_head_dim
-        inputs += [(h, softmax), (heads * a.v_head_dim, softmax), (float(a.q_lora_rank or h), softmax)]
+        inputs += [("attention/quantise", width, softmax) for width in (h, heads * a.v_head_dim, float(a.q_lora_rank or h))]
         if a.q_lora_rank:
-            inputs.append((h, softmax))
-            norms.append(Kernel("norm", {"width": float(a.q_lora_rank)}, softmax))
+            inputs.append(("attention/quantise", h, softmax))
+            norms.append(Kernel("norm", "norm", {"width": float(a.q_lora_rank)}, softmax))
             groups.append(_down(s, h, (float(a.q_lora_rank), float(a.kv_lora_rank + a.qk_rope_head_dim)), softmax))
     for key, width, layers in _gated(s):
-        groups.append(Group(key, _elementwise, (Kernel("silu", {"width": width}, layers),)))
-        inputs += [(h, layers), (width, layers)]
-    quants = [Kernel("quant", {"width": width}, times) for width, times in inputs] if fp8 else []
-    groups.append(Group("norm", _elementwise, (*norms, *quants)))
+        groups.append(Group(_elementwise(key), (Kernel(key, "silu", {"width": width}, layers),)))
+        inputs += [(key, h, layers), (key, width, layers)]
+    quants = [Kernel(key, "quant", {"width": width}, times) for key, width, times in inputs] if fp8 else []
+    groups.append(Group(_elementwise("norm"), (*norms, *quants)))
     if model.moe is not None and model.moe_layers:
-        experts = float(model.moe.experts)
-        groups.append(Group("moe/gate", lambda op: op.kind == "gate",
-                            (Kernel("gemm", {"k": h, "n": experts}, model.moe_layers),
-                             Kernel("gate", {"experts": experts, "top_k": float(model.moe.top_k)}, model.moe_layers))))
+        experts, layers = float(model.moe.experts), model.moe_layers
+        groups.append(Group(lambda op: op.kind == "gate",
+                            (Kernel("moe/gate", "gemm", {"k": h, "n": experts}, layers),
+                             Kernel("moe/gate", "gate", {"experts": experts, "top_k": float(model.moe.top_k)}, layers))))
     return groups
 
 
-def _elementwise(op: Op) -> bool:
-    return op.kind == "elementwise"
+def _elementwise(key: str) -> Callable[[Op], bool]:
+    return lambda op: op.key == key and op.kind == "elementwise"
 
 
 def _down(s: Slice, hidden: float, widths: tuple[float, float], layers: int) -> Group:
     """Queries' and latents' down projections, two products in place of one."""
     whole = (hidden, sum(widths))
-    return Group("attention/projections", lambda op: op.matrix == whole,
-                 tuple(Kernel("gemm", {"k": hidden, "n": n}, layers, s.precision.weights) for n in widths))
+    return Group(lambda op: op.matrix == whole,
+                 tuple(Kernel("attention/projections", "gemm", {"k": hidden, "n": n}, layers, s.precision.weights)
+                       for n in widths))
 
 
 def _gated(s: Slice) -> list[tuple[str, float, int]]:

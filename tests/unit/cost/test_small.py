@@ -1,0 +1,58 @@
+"""Our engine's small kernels: counted as the runtime launches them, read from its own profile and nobody else's."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from cost_cases import gqa_model
+
+from twin.cost.batch import StepBatch
+from twin.cost.evidence import Evidence
+from twin.cost.model import CostModel
+from twin.cost.operators import Slice
+from twin.cost.small import groups_of
+from twin.spec.load import load_cluster, load_model
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan, PoolPlan, Precision
+
+BF16 = Precision(weights="bf16", experts="bf16", kv="bf16", dispatch="bf16")
+FP8 = Precision(weights="fp8", experts="fp8", kv="bf16", dispatch="bf16")
+
+
+def launches(model: ModelSpec, precision: Precision) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for group in groups_of(Slice(model, precision, 1)):
+        for kernel in group.kernels:
+            found[kernel.operator] += kernel.times
+    return found
+
+
+def test_kernels_are_counted_as_a_profiler_saw_them() -> None:
+    """Launches of one decode step (benchmarks/results/h200_step_r1_ep128.json, ..._batch1_kernels.json): 482 quantisations
+    of which the experts' own are two a layer, 184 norms (one at the end is not counted here), 58 top-ks, 61 activations."""
+    r1 = launches(load_model("deepseek-r1"), FP8)
+    assert r1["quant"] == 482 - 2 * 58 and r1["norm"] == 184 - 1 and r1["gate"] == 58 and r1["silu"] == 61
+    assert r1["gemm"] == 58 + 2 * 61  # routers, and latents' and queries' down projections one by one
+    qwen = launches(load_model("qwen3-30b-a3b"), BF16)
+    assert qwen == {"norm": 97 - 1, "rope": 48, "gate": 48, "gemm": 48}
+
+
+def cost(engine: str, model: ModelSpec, evidence: Evidence | None) -> CostModel:
+    pool = PoolPlan(role="mixed")
+    return CostModel(model, load_cluster("h200-1x1"), Plan(pools=(pool,), precision=BF16, engine=engine), pool, profile=evidence)
+
+
+def test_only_our_engine_asks_for_them() -> None:
+    evidence, model, batch = Evidence.load(), load_model("qwen3-30b-a3b"), StepBatch.prefill([16384], seqs=[4])
+    ours = cost("eptwin", model, evidence).step(batch)
+    assert {ours.sources[key] for key in ("norm", "attention/kv_write", "moe/gate")} <= {"measured", "interpolated"}
+    assert ours.parts_s["attention/kv_write"] == pytest.approx(48 * 400e-6, rel=0.01)  # the suite's rotary kernel at this size
+    theirs = cost("vllm", model, evidence).step(batch)
+    assert {theirs.sources[key] for key in ("norm", "attention/kv_write", "moe/gate")} == {"roofline"}
+
+
+def test_quick_and_slow_paths_agree_with_them() -> None:
+    model = cost("eptwin", gqa_model(hidden=2048), Evidence.load())
+    for batch in (StepBatch.decode([37], [37 * 900]), StepBatch.prefill([1500], [300], [2])):
+        assert model.step_s(batch) == pytest.approx(model.step(batch).total_s, rel=1e-9)
