@@ -11,7 +11,7 @@ from pathlib import Path
 PHASES = ("start", "load", "capture", "reform", "idle", "schedule", "wait", "graph", "embed", "attention", "dense_ffn", "gate",
           "dispatch", "experts", "combine", "shared_experts", "head", "sample", "draft", "book", "migrate", "done")
 _CODE = {name: code for code, name in enumerate(PHASES)}
-_ROW = struct.Struct("<III")  # phase, beats, faults fired
+_ROW = struct.Struct("<IIIII")  # phase, beats, faults fired, phases begun, whether it waits for others
 
 
 class Board:
@@ -25,8 +25,11 @@ class Board:
 
     def mark(self, rank: int, phase: str) -> None:
         struct.pack_into("<I", self._map, _ROW.size * rank, _CODE[phase])
+        self._count(rank, 12)
 
-    def beat(self, rank: int) -> None:
+    def beat(self, rank: int, *, waits: bool = False) -> None:
+        """A sign of life; `waits`: in a collective."""
+        struct.pack_into("<I", self._map, _ROW.size * rank + 16, waits)
         self._count(rank, 4)
 
     def fire(self, rank: int) -> None:
@@ -39,8 +42,13 @@ class Board:
 
     def read(self, rank: int) -> tuple[str, int]:
         """(phase, heart beats so far) of a rank."""
-        code, beats, _ = _ROW.unpack_from(self._map, _ROW.size * rank)
+        code, beats, *_ = _ROW.unpack_from(self._map, _ROW.size * rank)
         return PHASES[code], beats
+
+    def progress(self, rank: int) -> tuple[int, bool]:
+        """(phases begun so far, whether it waited for others at its last heart beat) of a rank."""
+        *_, begun, waits = _ROW.unpack_from(self._map, _ROW.size * rank)
+        return begun, bool(waits)
 
     def close(self) -> None:
         self._map.close()

@@ -12,10 +12,12 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from runtime.board import Board
+from runtime.comm.group import waiting
 
 Message = dict[str, Any]
 BEAT_S = 0.25
@@ -24,10 +26,11 @@ ORPHANED = 3
 
 
 class Control:
-    """A rank's end of the channel. Messages carry the process's seat and the formation that it belongs to."""
+    """A rank's end of the channel. Messages carry the process's seat and the formation that it belongs to. `interrupt` is
+    called from the reader thread when the present formation is over, whatever the main thread waits for."""
 
-    def __init__(self, path: Path, seat: int, board: Board) -> None:
-        self.seat, self._board = seat, board
+    def __init__(self, path: Path, seat: int, board: Board, interrupt: Callable[[], None] = lambda: None) -> None:
+        self.seat, self._board, self._interrupt = seat, board, interrupt
         self.formation = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(str(path))
@@ -71,11 +74,14 @@ class Control:
     def _read(self) -> None:
         with self._socket.makefile("rb") as lines:
             for line in lines:
-                self._inbox.put(json.loads(line))
+                message = json.loads(line)
+                self._inbox.put(message)
+                if message["op"] == "reform" and message["formation"] > self.formation:
+                    self._interrupt()
         if not self.closing:
             os._exit(ORPHANED)
 
     def _beat(self) -> None:
         stop = threading.Event()
         while not stop.wait(BEAT_S):
-            self._board.beat(self.seat)
+            self._board.beat(self.seat, waits=waiting())

@@ -3,20 +3,22 @@
 A fault is `RANK:POINT:HOW[:NTH]`, several are separated by commas: `1:dispatch:kill:3` kills rank 1 when it comes to its
 third dispatch. Points: `prefill` and `decode` (a step with, or without, prompt tokens begins), `migration` (weights are
 about to be exchanged), and every phase that ranks note on the board (`idle`, `attention`, `dispatch`, `combine`, ...).
-How: `kill` (SIGKILL), `stop` (SIGSTOP) or `raise`. The proof is a count on the board, written before the blow.
+How: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, or `hang` (no more work is done, but the heart beats). The proof is a count
+on the board, written before the blow.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 from runtime.board import PHASES, Board
 from twin.spec.errors import SpecError
 
 POINTS = ("prefill", "decode", "migration", *PHASES)
-HOW = ("kill", "stop", "raise")
+HOW = ("kill", "stop", "raise", "hang")
 
 
 class InjectedFault(RuntimeError):
@@ -67,4 +69,6 @@ class Injector:
         self._board.fire(self._rank)
         if fault.how == "raise":
             raise InjectedFault(f"injected at {point}")
+        while fault.how == "hang":
+            time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)

@@ -272,7 +272,7 @@ class Frontend:
             if len(self.ready) == self.plan.gpus:
                 self._started.set()
         elif event == "failed":
-            self._watch.report(seat, message)
+            self._watch.report(seat, message | {"missing": [self.formation.seats[r] for r in message.get("missing", ())]})
         elif self._recovering is not None:
             return
         elif event == "step":

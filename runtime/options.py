@@ -19,10 +19,11 @@ from twin.spec.rundir import write_text
 class EngineOptions:
     """`checkpoint` None means random weights from `seed`. `dtype` is that of weights, activations and KV.
 
-    A rank that shows no sign of life for `timeout_s` counts as lost. With `recover` the others then go on without it
-    (`runtime.recovery`), else the engine fails. `faults` strike on purpose (`runtime.faults`). `record_routing` is a file for
-    expert loads (`runtime.routing_record`). `threads` are torch threads a rank (None:
-    the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
+    A rank that shows no sign of life for `timeout_s` counts as lost. So does one that lives but stays in one phase of a step
+    for `stall_timeout_s` (and no less than `timeout_s`) without waiting for others, or whom others' devices wait for as long.
+    With `recover` the others then go on without it (`runtime.recovery`), else the engine fails. `faults` strike on purpose
+    (`runtime.faults`). `record_routing` is a file for expert loads (`runtime.routing_record`). `threads` are torch threads a
+    rank (None: the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
     graphs where one rank is the whole instance.
     `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
@@ -38,6 +39,7 @@ class EngineOptions:
     timeout_s: float = 3.0
     recover: bool = False
     faults: str = ""
+    stall_timeout_s: float = 30.0
     record_routing: str | None = None
     start_timeout_s: float = 120.0
     threads: int | None = None
@@ -52,14 +54,21 @@ class EngineOptions:
             raise SpecError(f"is {self.timeout_s}", field="timeout_s", expected="0 < timeout_s <= 3600")
         if self.recover and self.external is not None:
             raise SpecError("ranks that somebody else started cannot be replaced", field="recover", expected="false")
+        if not 0 < self.stall_timeout_s <= 3600:
+            raise SpecError(f"is {self.stall_timeout_s}", field="stall_timeout_s", expected="0 < stall_timeout_s <= 3600")
         parse(self.faults)
         if self.record_routing is not None and Path(self.record_routing).suffix not in (".csv", ".json"):
             raise SpecError(f"is {self.record_routing}", field="record_routing", expected="a file that ends with .csv or .json")
 
     @property
     def patience_s(self) -> float:
-        """How long a collective waits. Ranks that live but compute for long are not lost: who is, heart beats tell."""
-        return max(60.0, self.timeout_s)
+    @property
+    def stall_s(self) -> float:
+        """How long a rank may make no progress."""
+        return max(self.stall_timeout_s, self.timeout_s)
+
+        """How long a collective waits. Who is lost, heart beats and progress tell before."""
+        return max(60.0, 2 * self.stall_s)
 
     def threads_for(self, world: int) -> int:
         return self.threads or max(1, len(os.sched_getaffinity(0)) // world)

@@ -95,7 +95,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
         torch.cuda.set_device(device)  # chosen by index, not by hiding the others: peers address one another's memory
     groups = _groups(everyone, at, options, moves=any(one.eplb is not None for one in plan.pools))
     experts = make_expert_comm(pool.comm, groups.instance, at, device=options.device,
-                               fp8=plan.precision.dispatch == "fp8", timeout_s=options.patience_s)
+                               fp8=plan.precision.dispatch == "fp8", timeout_s=options.start_timeout_s)
     placement, mtp = place(model, pool), uses_mtp(plan, model)
     cached = with_mtp(model) if mtp else model
     dtype = DTYPES[options.dtype]

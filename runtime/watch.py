@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.clock import ON_DEVICE
 from runtime.launch import RankProcesses
 from runtime.options import EngineOptions
 from twin.spec.errors import EptwinError, RankFailed, SpecError
@@ -19,6 +20,10 @@ _SETTLE_S = 0.3
 _CERTAIN_S = 0.05
 """The same when a process is known to be dead and the others go on without it."""
 _MIN_SILENCE_S = 2.0
+_RESTS = frozenset({"idle", "done"})
+"""Phases that may last."""
+_ASYNC = ON_DEVICE | {"sample"}
+"""Phases in which the host of a GPU may wait for what the device does; there, devices tell who keeps them waiting."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,9 @@ class Loss:
 
 
 class Watch:
-    """Looks at children, heart beats and reports. The cause is, in this order: a rank killed by a signal or that ended by
-    itself, a rank that raised an error of its own, a rank without heart beat, the first to complain about a peer.
+    """Looks at children, heart beats, progress and reports. The cause is, in this order: a rank killed by a signal or that
+    ended by itself, a rank that raised an error of its own, a rank without heart beat, one that is stuck in its work or that
+    others' devices waited for in vain, the first to complain about a peer.
 
     Every loss is told once; without `options.recover` the first ends the watch.
     """
@@ -46,6 +52,9 @@ class Watch:
         self._busy = set(self._seats)
         self._reports: dict[int, dict[str, Any]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
+        self._stall_s = options.stall_s
+        self._rests = _RESTS | (_ASYNC if options.device == "cuda" else frozenset())
+        self._progress: dict[int, tuple[int, float]] = {}
         self._stopped = False
         self._trouble = asyncio.Event()
 
@@ -63,6 +72,7 @@ class Watch:
         """Watch these seats, no others; the `fresh` ones have new processes, that take their time to start."""
         self._seats = set(seats)
         self._busy |= fresh
+        self._progress = {}
         for seat in fresh:
             self._beats.pop(seat, None)
         self._reports = {}
@@ -81,10 +91,10 @@ class Watch:
                 pass
             if self._stopped:
                 return
-            if self._reports or self._exited() or self._silent():
-                await asyncio.sleep(_CERTAIN_S if self._recover and (self._exited() or self._silent()) else _SETTLE_S)
+            if self._reports or self._gone():
+                await asyncio.sleep(_CERTAIN_S if self._recover and self._gone() else _SETTLE_S)
                 self._trouble.clear()
-                if not self._stopped and (self._reports or self._exited() or self._silent()):
+                if not self._stopped and (self._reports or self._gone()):
                     found = self._loss()
                     self._seats -= found.lost
                     self._reports = {}
@@ -107,8 +117,29 @@ class Watch:
                 silent.append(seat)
         return silent
 
+    def _stalled(self) -> list[int]:
+        """Ranks whose heart beats but that have been in one phase for too long, and not because they wait for others."""
+        now, stalled = time.monotonic(), []
+        for seat in sorted(self._seats - self._busy):
+            begun, waits = self._processes.board.progress(seat)
+            was, since = self._progress.get(seat, (-1, now))
+            if begun != was or waits or self._processes.board.read(seat)[0] in self._rests:
+                self._progress[seat] = (begun, now)
+            elif now - since > self._stall_s:
+                stalled.append(seat)
+        return stalled
+
+    def _gone(self) -> set[int]:
+        """Seats whose processes are of no use any more."""
+        return {*self._exited(), *self._silent(), *self._stalled()}
+
+    def _accused(self) -> list[int]:
+        """Ranks that others' devices waited for in vain and that have not said anything themselves."""
+        named = {seat for m in self._reports.values() for seat in m.get("missing", ())}
+        return sorted((named & self._seats) - self._reports.keys())
+
     def _loss(self) -> Loss:
-        lost = frozenset(self._exited()) | frozenset(self._silent())
+        lost = frozenset(self._gone()) | frozenset(self._accused())
         errors = {seat: m for seat, m in self._reports.items() if m["kind"] == "error" and seat not in lost}
         suspects = tuple(i for m in errors.values() for i in m.get("requests", ()))
         return Loss(self._cause(), lost, suspects)
@@ -125,6 +156,8 @@ class Watch:
             return self._failed(rank, f"raised {message['type']}: {message['error']}", "", message["phase"])
         for rank in self._stale():
             return self._failed(rank, "stopped responding")
+        for rank in (*self._stalled(), *self._accused()):
+            return self._failed(rank, "is alive but got no further")
         rank, message = next(iter(self._reports.items()))
         return self._failed(rank, f"lost its peers: {message['error']}", "", message["phase"])
 

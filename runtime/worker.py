@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from runtime.board import Board
 from runtime.clock import Clock, DeviceClock
+from runtime.comm.experts import be_patient, call_off, shared_memory
 from runtime.comm.group import PeerLost, guarded, leave_groups
 from runtime.control import Control, Message
 from runtime.faults import Injector, parse
@@ -43,7 +44,7 @@ def main() -> None:
     seat = int(os.environ.get("EPTWIN_SEAT", rank))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides
     board = Board(briefing.board)
-    control = Control(briefing.control, seat, board)
+    control = Control(briefing.control, seat, board, call_off)
     control.formation = briefing.formation
     timed = briefing.options.record or any(pool.eplb is not None for pool in briefing.plan.pools)
     clock = (DeviceClock if briefing.options.device == "cuda" and timed else Clock)
@@ -93,10 +94,12 @@ class Worker:
         torch.set_num_threads(self.options.threads_for(place.world))
         torch.set_grad_enabled(False)
         kept: Kept | None = None
+        former: object = None  # memory that peers may address until all have come to re-form
         while True:
             built: Rank | None = None
             try:
                 place = self._gather(place)
+                former = None
                 built = self._build(place, kept)
                 self._loop = StepLoop(built, self.control, self.clock, record=self.options.record)
                 self._loop.run()
@@ -112,6 +115,7 @@ class Worker:
                 traceback.print_exc()
                 self.complain(err)
                 self.clock.mark("reform")
+                call_off()  # the device too gives up
                 leave_groups()  # whoever waits for this rank hears so at once
                 order = self.control.order(self.options.start_timeout_s)
                 if order is None:
@@ -121,6 +125,9 @@ class Worker:
             self.clock.mark("reform")
             self._heard_at = time.monotonic()
             leave_groups()
+            if self.options.device == "cuda":
+                torch.cuda.synchronize()  # nothing of the former formation runs on, on anybody's memory, once all are there
+            former = shared_memory(built.experts) if built is not None else former
             kept = built.keep() if built is not None else kept
             place = Place.of(order)
             self._loop = built = None
@@ -142,7 +149,7 @@ class Worker:
         """Tell the front end what went wrong here."""
         kind = "peer" if isinstance(err, PeerLost) else "error"
         self.control.send({"ev": "failed", "kind": kind, "phase": self.clock.phase, "type": type(err).__name__,
-                           "error": str(err)[:2000] or type(err).__name__,
+                           "error": str(err)[:2000] or type(err).__name__, "missing": getattr(err, "missing", ()),
                            "requests": self._loop.working if self._loop is not None else []})
 
     def _build(self, place: Place, kept: Kept | None) -> Rank:
@@ -156,6 +163,7 @@ class Worker:
                 ffn.count_pairs()
         if place.world > 1:
             guarded(lambda: dist.monitored_barrier(timeout=patience))
+        be_patient(built.experts, options.stall_s)
         self.control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes,
                            "max_context": built.max_context, "dense_bytes": built.dense_bytes,
                            "expert_bytes": built.expert_bytes, "heard_at": self._heard_at})

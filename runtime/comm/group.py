@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class PeerLost(RuntimeError):
-    """A collective failed because another rank died, hung or left."""
+    """A collective failed because another rank died, hung or left. `missing`: who did not come, where that is known."""
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,21 @@ def leave_groups() -> None:
 
 def guarded(call: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a lost peer, whatever words the backend finds for it."""
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        _waiting.set()
     try:
         return call()
     except RuntimeError as err:
         raise PeerLost(str(err).strip().splitlines()[0][:300] if str(err) else "collective failed") from err
+    finally:
+        if main:
+            _waiting.clear()
+
+
+_waiting = threading.Event()
+
+
+def waiting() -> bool:
+    """Whether the main thread is in a collective: if nothing goes on, then it waits for another rank."""
+    return _waiting.is_set()

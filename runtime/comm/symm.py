@@ -112,8 +112,7 @@ class _State:
     """Counters on the device, kept over all buffers."""
 
     present_W: torch.Tensor
-    lost_W: torch.Tensor
-    alarm_W: torch.Tensor  # the same in the host's memory, to be read without waiting for the device
+    patience: kernels.Patience
     moved: torch.Tensor  # rows sent, rows fetched
 
 
@@ -122,14 +121,15 @@ class SymmExchange:
 
     `fp8` sends rows as float8_e4m3fn with a scale each. `push_back` makes experts write results into the sources' buffers;
     without it sources read them where they were computed. A rank that does not come to a barrier within `timeout_s` is
-    lost: nobody waits any more, results are void, and `check` says who it was.
+    lost: nobody waits any more, results are void, and `check` says who it was. `call_off` ends all waiting at once.
     """
 
     def __init__(self, allocate: Allocate, index: int, world: int, *, slots_per_rank: int, expert_tp: int = 1,
                  fp8: bool = False, push_back: bool = False, timeout_s: float = 3.0) -> None:
         self._allocate, self.index, self.world = allocate, index, world
         self._slots_per_rank, self._expert_tp = slots_per_rank, expert_tp
-        self._fp8, self._push_back, self._timeout_ns = fp8, push_back, int(timeout_s * 1e9)
+        self._fp8, self._push_back, self._timeout_s = fp8, push_back, timeout_s
+        self._called_off = False
         self._buffers: Buffers | None = None
         self._old: list[Buffers] = []  # captured graphs may still point there
         self._state: _State | None = None
@@ -147,10 +147,29 @@ class SymmExchange:
         rounded = 1 << (capacity - 1).bit_length() if capacity > 1 else 1
         self._buffers = self._allocate(Shape(self.world, rounded, hidden, choices, dtype, self._fp8), device)
         if self._state is None:
-            alarm = torch.zeros(self.world, dtype=torch.int32, pin_memory=device.type == "cuda")
-            ones = torch.ones(self.world, dtype=torch.int32, device=device)
-            self._state = _State(ones, torch.zeros_like(ones), alarm, torch.zeros(2, dtype=torch.int64, device=device))
+            self._state = self._new_state(device)
         return self._buffers
+
+    def _new_state(self, device: torch.device) -> _State:
+        pinned = device.type == "cuda"
+        alarm, off = (torch.zeros(n, dtype=torch.int32, pin_memory=pinned) for n in (self.world, 1))
+        off.fill_(int(self._called_off))
+        limit = torch.tensor([int(self._timeout_s * 1e9)], device=device)
+        lost = torch.zeros(self.world + 1, dtype=torch.int32, device=device)
+        return _State(torch.ones(self.world, dtype=torch.int32, device=device), kernels.Patience(limit, lost, alarm, off),
+                      torch.zeros(2, dtype=torch.int64, device=device))
+
+    def be_patient(self, timeout_s: float) -> None:
+        """Wait so long for a rank from now on, in graphs captured before too."""
+        self._timeout_s = timeout_s
+        if self._state is not None:
+            self._state.patience.limit.fill_(int(timeout_s * 1e9))
+
+    def call_off(self) -> None:
+        """End all waiting, now and for good, and void what was waited for. From any thread, while the device runs."""
+        self._called_off = True
+        if self._state is not None:
+            self._state.patience.off.fill_(1)
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Arrival:
         """Send tokens to the ranks of their slots and see what came, in fp8 as it came. T <= capacity."""
@@ -208,21 +227,28 @@ class SymmExchange:
         assert state is not None
         which = arrival.which
         kernels.meet(self._peers(arrival.buffers), arrival.buffers.shape.places(which), arrival.buffers.turns[which:which + 1],
-                     state.present_W, state.lost_W, state.alarm_W, self._timeout_ns)
+                     state.present_W, state.patience)
 
     def check(self) -> None:
-        """Raises PeerLost naming the ranks (by index) that a barrier waited for in vain, of what the device has done."""
-        lost = [] if self._state is None else self._state.alarm_W.nonzero().flatten().tolist()
+        """Raises PeerLost naming the ranks (by index) that a barrier waited for in vain, of what the device has done; or where
+        waiting was called off."""
+        if self._called_off:
+            raise PeerLost("the exchange was called off")
+        lost = [] if self._state is None else self._state.patience.alarm_W.nonzero().flatten().tolist()
         if lost:
             raise PeerLost(f"rank {', '.join(map(str, lost))} of {self.world} did not come to the exchange "
-                           f"within {self._timeout_ns / 1e9:g} s")
+                           f"within {self._timeout_s:g} s", missing=tuple(lost))
 
     def exclude(self, index: int) -> None:
         """Wait for a rank no more; its experts must not be chosen again. Clears what `check` says of it."""
         assert self._state is not None
-        self._state.present_W[index] = 0
-        self._state.lost_W[index] = 0
-        self._state.alarm_W[index] = 0
+        for flags in (self._state.present_W, self._state.patience.lost_W1, self._state.patience.alarm_W):
+            flags[index] = 0
+
+    @property
+    def memory(self) -> list[Buffers]:
+        """All buffers that peers may address."""
+        return [*self._old, *([self._buffers] if self._buffers is not None else [])]
 
     @property
     def moved_rows(self) -> tuple[int, int]:

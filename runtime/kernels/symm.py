@@ -21,6 +21,8 @@ from triton.language.extra.cuda import globaltimer
 from runtime.kernels.fused import _FP8_MAX, _TINY
 
 _MAX_BLOCK = 2048
+_POLLS = 64
+"""A waiting barrier looks once in so many polls whether the host calls it off: that word lies across the bus."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,30 @@ def gather_sum(slots_TK: torch.Tensor, like_TH: torch.Tensor, peers: Peers, at: 
     return out_TH
 
 
-def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, lost_W: torch.Tensor, alarm_W: torch.Tensor,
-         timeout: int, *, timed: bool = True) -> None:
+@dataclass(frozen=True)
+class Patience:
+    """How long barriers wait and what ends waiting. `limit` [1] int64: nanoseconds (polls where they are not timed).
+    `lost_W1` [W + 1] int32: ranks that did not come in time, and, last, whether waiting was called off; while any is set
+    nobody is waited for. `alarm_W` says the same of ranks, and `off` [1] calls off: both int32, where the host may read and
+    write them while the device runs (pinned memory)."""
+
+    limit: torch.Tensor
+    lost_W1: torch.Tensor
+    alarm_W: torch.Tensor
+    off: torch.Tensor
+
+
+def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, patience: Patience, *,
+         timed: bool = True) -> None:
     """Wait until every present rank is here; what ranks wrote before is then visible to those that they wrote to.
 
-    `turn` [1] int32 counts meetings. Ranks still missing after `timeout` (nanoseconds; polls when not `timed`) are marked
-    in `lost_W` [W] int32 and in `alarm_W`, which may be pinned memory of the host; while anyone is marked, nobody is waited
-    for. Absent ranks (`present_W` 0) are not waited for.
+    `turn` [1] int32 counts meetings. Ranks still missing when patience ends are marked as lost, unless it was called off.
+    Absent ranks (`present_W` 0) are not waited for. Everything is read on the device when the kernel runs, so that a captured
+    graph obeys what changes later.
     """
-    _meet_kernel[(1,)](peers.bases_W, at.flags, turn, present_W, lost_W, alarm_W, peers.index, timeout, WORLD=peers.world,
-                       LANES=max(2, triton.next_power_of_2(peers.world)), TIMED=timed, num_warps=1)
+    _meet_kernel[(1,)](peers.bases_W, at.flags, turn, present_W, patience.limit, patience.lost_W1, patience.alarm_W,
+                       patience.off, peers.index, WORLD=peers.world, LANES=max(2, triton.next_power_of_2(peers.world)),
+                       POLLS=_POLLS, TIMED=timed, num_warps=1)
 
 
 def _block(hidden: int) -> int:
@@ -233,12 +249,12 @@ def _gather_sum_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["turn"])
 def _meet_kernel(
-    bases, flags_at, turn, present, lost, alarm, me, timeout,
-    WORLD: tl.constexpr, LANES: tl.constexpr, TIMED: tl.constexpr,
+    bases, flags_at, turn, present, patience, lost, alarm, off, me,
+    WORLD: tl.constexpr, LANES: tl.constexpr, POLLS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
     awaited = tl.load(present + lane, mask=lane < WORLD, other=0) != 0
-    broken = tl.max(tl.load(lost + lane, mask=lane < WORLD, other=0)) > 0
+    broken = (tl.max(tl.load(lost + lane, mask=lane < WORLD, other=0)) > 0) | (tl.load(lost + WORLD) > 0)
     now = tl.atomic_add(turn, 1, sem="relaxed") + 1
     theirs = (tl.load(bases + lane, mask=lane < WORLD, other=0) + flags_at).to(tl.pointer_type(tl.int32)) + me
     # release: whatever earlier kernels of this stream wrote anywhere is visible to who sees the flag
@@ -247,10 +263,17 @@ def _meet_kernel(
     missing = awaited & (tl.load(mine, mask=awaited, other=0, volatile=True) - now < 0)
     start = globaltimer() if TIMED else tl.zeros([], tl.int64)
     spent = tl.zeros([], tl.int64)
-    limit = tl.where(broken, 0, timeout).to(tl.int64)
+    limit = tl.where(broken, 0, tl.load(patience)).to(tl.int64)
+    polls = tl.zeros([], tl.int32)
     while (tl.max(missing.to(tl.int32)) > 0) & (spent < limit):
         missing = awaited & (tl.load(mine, mask=awaited, other=0, volatile=True) - now < 0)
         spent = globaltimer() - start if TIMED else spent + 1
+        polls += 1
+        if polls % POLLS == 0:
+            called = tl.load(off, volatile=True)
+            limit = tl.where(called != 0, 0, limit)
+            if called != 0:
+                tl.store(lost + WORLD, 1)
     tl.atomic_add(mine, 0, mask=awaited, sem="acquire", scope="sys")
     blamed = missing & (limit > 0)  # who was not waited for is not to blame
     tl.store(lost + lane, 1, mask=blamed)

@@ -3,6 +3,7 @@ of addresses leads from one to the other. Phases run rank by rank, so that no ba
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -114,8 +115,9 @@ def meet(world: World, rank: int, polls: int) -> None:
     buffers = exchange.reserve(1, HIDDEN, CHOICES, torch.float32, world.device)
     state = exchange._state
     assert state is not None
-    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, state.lost_W,
-                 state.alarm_W, polls, timed=False)
+    state.patience.limit.fill_(polls)
+    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, state.patience,
+                 timed=False)
     if world.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -125,14 +127,58 @@ def test_barrier_names_who_did_not_come(device: torch.device) -> None:
     for exchange in world.ranks:
         exchange.reserve(1, HIDDEN, CHOICES, torch.float32, device)
     meet(world, 0, 5)
-    with pytest.raises(PeerLost, match="rank 1, 2 of 3"):
+    with pytest.raises(PeerLost, match="rank 1, 2 of 3") as lost:
         world.ranks[0].check()
+    assert lost.value.missing == (1, 2)
     meet(world, 1, 5)
     meet(world, 1, 5)  # once somebody is lost nobody is waited for, nor blamed: rank 0 was here once, not twice
     with pytest.raises(PeerLost, match="rank 2 of 3"):
         world.ranks[1].check()
     meet(world, 2, 5)  # all three flags are up now
     world.ranks[2].check()
+
+
+def test_waiting_is_called_off_while_it_lasts(device: torch.device) -> None:
+    """A barrier that would wait for ever ends when the host says so; nobody is blamed, later ones do not wait at all, and what
+    they would have brought is void."""
+    world = World(3, device)
+    for exchange in world.ranks:
+        exchange.reserve(1, HIDDEN, CHOICES, torch.float32, device)
+    waiting = world.ranks[0]
+    waiting.check()
+    caller = threading.Timer(0.2, waiting.call_off)
+    caller.start()
+    meet(world, 0, 1 << 60)
+    caller.join()
+    with pytest.raises(PeerLost, match="called off") as off:
+        waiting.check()
+    assert off.value.missing == ()
+    assert waiting._state is not None
+    assert waiting._state.patience.lost_W1.tolist() == [0, 0, 0, 1]
+    assert waiting._state.patience.alarm_W.tolist() == [0, 0, 0]
+    waiting._state.patience.off.zero_()  # the device remembers by itself
+    meet(world, 0, 1 << 60)
+
+
+def test_called_off_before_there_was_anything_to_wait_for(device: torch.device) -> None:
+    world = World(2, device)
+    world.ranks[0].call_off()
+    meet(world, 0, 1 << 60)
+    with pytest.raises(PeerLost, match="called off"):
+        world.ranks[0].check()
+
+
+def test_patience_may_change_later(device: torch.device) -> None:
+    """The limit lies on the device: what was captured with another one obeys."""
+    world = World(2, device)
+    world.ranks[0].be_patient(7.0)
+    world.ranks[0].reserve(1, HIDDEN, CHOICES, torch.float32, device)
+    state = world.ranks[0]._state
+    assert state is not None
+    limit = state.patience.limit
+    assert limit.tolist() == [7_000_000_000]
+    world.ranks[0].be_patient(0.5)
+    assert state.patience.limit is limit and limit.tolist() == [500_000_000]
 
 
 def test_barrier_counts_on_and_forgets_who_was_excluded(device: torch.device) -> None:
