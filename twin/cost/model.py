@@ -6,6 +6,7 @@ host. `step` returns it in parts whose sum is the total; `step_s` and `decode_s`
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -23,6 +24,7 @@ from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network
 from twin.cost.stack import Stack, Streams
+from twin.policy.placement import Placement
 from twin.spec.base import Source
 from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import SpecError
@@ -100,6 +102,14 @@ class CostModel:
         if not (self.pool.mtp_draft_tokens or self.holds_mtp):
             return None
         return build_stack(self.site, self._shared, draft_model(self.model), draft=True)
+
+    def relaid(self, popularity_LE: Array, placement: Placement) -> CostModel:
+        """The same pool with experts of another popularity, placed otherwise."""
+        other = copy.copy(self)
+        for compiled in ("_shared", "_stack", "_stack_beside_comm", "_drafts"):
+            other.__dict__.pop(compiled, None)
+        other.site = replace(self.site, popularity_LE=popularity_LE, placement=placement)
+        return other
 
     # --- steps
     def step(self, batch: StepBatch) -> StepCost:
