@@ -52,7 +52,7 @@ def _routing(_: click.Context, __: click.Parameter, value: str | None) -> Routin
 @click.option("--batch", "batches", type=click.IntRange(1, 65_536), multiple=True, help="Sequences of the rank. Repeatable.")
 @click.option("--context", "contexts", type=click.IntRange(1, 2**22), multiple=True,
               help="Tokens of each: its context, or its length in prefill. Repeatable.")
-@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True, help="What the step does.")
+@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True, help="What it does.")
 @click.option("--precision", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True,
               help="Of weights and experts; the KV cache is bf16.")
 @click.option("--gpu", help="A cluster preset's name: h200 (unless stated), h100, ...")

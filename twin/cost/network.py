@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import networkx as nx
 import numpy as np
@@ -80,35 +81,40 @@ class Network:
     def _build_links(self) -> None:
         """Links in a fixed order (so that results are the same everywhere), and where each kind starts."""
         spec = self.cluster.network
-        links: list[Link] = []
-
-        def add(prefix: str, kind: str, count: int, rate: float, latency_s: float) -> int:
-            first = len(links)
-            links.extend(Link(f"{prefix}{i}", kind, rate, latency_s) for i in range(count))
-            return first
-
         n_nics, n_leaves = int(self.nic_of.max()) + 1, int(self.leaf_of.max()) + 1
         nic_rate = spec.nic_bytes_per_s or spec.pcie_bytes_per_s
         # a leaf's uplinks carry what its attached NICs can send, over the oversubscription
         ports = np.bincount(self.leaf_of[np.unique(self.nic_of, return_index=True)[1]], minlength=n_leaves)
-        half_nv, half_nic = spec.nvlink_latency_s / 2, spec.nic_latency_s / 2
-        self._nv_up = add("nvlink_up/", "nvlink", self.gpus, spec.nvlink_bytes_per_s, half_nv)
-        self._nv_down = add("nvlink_down/", "nvlink", self.gpus, spec.nvlink_bytes_per_s, half_nv)
-        self._pcie_up = add("pcie_up/", "pcie", self.gpus, spec.pcie_bytes_per_s, 0.0)
-        self._pcie_down = add("pcie_down/", "pcie", self.gpus, spec.pcie_bytes_per_s, 0.0)
-        self._nic_up = add("nic_up/", "nic", n_nics, nic_rate, half_nic)
-        self._nic_down = add("nic_down/", "nic", n_nics, nic_rate, half_nic)
-        hop = spec.switch_latency_s
-        self._up = len(links)
-        links.extend(Link(f"leaf_up/{i}", "uplink", max(int(p), 1) * nic_rate / spec.oversubscription, hop)
-                     for i, p in enumerate(ports))
-        self._down = len(links)
-        links.extend(Link(f"leaf_down/{i}", "uplink", max(int(p), 1) * nic_rate / spec.oversubscription, hop)
-                     for i, p in enumerate(ports))
-        self.links = tuple(links)
-        self.capacity: Array = np.array([link.bytes_per_s for link in links])
-        self.latency: Array = np.array([link.latency_s for link in links])
-        self.nvlink_links: npt.NDArray[np.bool_] = np.array([link.kind == "nvlink" for link in links])
+        uplink = np.maximum(ports, 1) * nic_rate / spec.oversubscription
+        half_nv, half_nic, hop = spec.nvlink_latency_s / 2, spec.nic_latency_s / 2, spec.switch_latency_s
+        self._blocks: tuple[tuple[str, str, int, float | Array, float], ...] = (  # prefix, kind, count, rate, latency
+            ("nvlink_up", "nvlink", self.gpus, spec.nvlink_bytes_per_s, half_nv),
+            ("nvlink_down", "nvlink", self.gpus, spec.nvlink_bytes_per_s, half_nv),
+            ("pcie_up", "pcie", self.gpus, spec.pcie_bytes_per_s, 0.0),
+            ("pcie_down", "pcie", self.gpus, spec.pcie_bytes_per_s, 0.0),
+            ("nic_up", "nic", n_nics, nic_rate, half_nic), ("nic_down", "nic", n_nics, nic_rate, half_nic),
+            ("leaf_up", "uplink", n_leaves, uplink, hop), ("leaf_down", "uplink", n_leaves, uplink, hop))
+        counts = [count for _, _, count, _, _ in self._blocks]
+        starts = np.cumsum([0, *counts]).tolist()
+        self._nv_up, self._nv_down, self._pcie_up, self._pcie_down = starts[:4]
+        self._nic_up, self._nic_down, self._up, self._down = starts[4:8]
+        self.capacity: Array = np.concatenate([np.full(count, rate, dtype=float) for _, _, count, rate, _ in self._blocks])
+        self.latency: Array = np.repeat([latency_s for *_, latency_s in self._blocks], counts)
+        self.nvlink_links: npt.NDArray[np.bool_] = np.repeat([kind == "nvlink" for _, kind, *_ in self._blocks], counts)
+        order = np.arange(starts[-1])
+        self.reversed: Ints = np.concatenate(  # the link that carries the same bytes when every flow turns round
+            [order[starts[i ^ 1]:starts[(i ^ 1) + 1]] for i in range(len(self._blocks))])
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        """Every link, in the order of `capacity`."""
+        return tuple(Link(f"{prefix}/{i}", kind, float(self.capacity[at]), latency_s)
+                     for (prefix, kind, count, _, latency_s), start in zip(self._blocks, self._starts, strict=True)
+                     for i, at in enumerate(range(start, start + count)))
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        return (self._nv_up, self._nv_down, self._pcie_up, self._pcie_down, self._nic_up, self._nic_down, self._up, self._down)
 
     # --- the graph
     def graph(self) -> nx.DiGraph:
@@ -228,21 +234,31 @@ class Network:
         domain, leaf = self.domain_of[gpus], self.leaf_of[gpus]
         near = traffic * (domain[:, None] == domain[None, :])
         far = traffic - near
-        out = np.zeros((len(self.links), count))
+        out = np.zeros((len(self.capacity), count))
         senders = np.arange(count)
         out[self._nv_up + gpus, senders] += near.sum(axis=1)
-        out[self._nv_down + gpus[:, None], senders[None, :]] += near.T
+        out[self._nv_down + gpus] += near.T
         if far.any():
             if not self.has_nics:
                 raise SpecError("ranks share no NVLink domain and the nodes have no NICs", field="network.nics_per_node")
             out[self._pcie_up + gpus, senders] += far.sum(axis=1)
-            out[self._pcie_down + gpus[:, None], senders[None, :]] += far.T
+            out[self._pcie_down + gpus] += far.T
             out[self._nic_up + self.nic_of[gpus], senders] += far.sum(axis=1)
-            np.add.at(out, (self._nic_down + self.nic_of[gpus][:, None], senders[None, :]), far.T)
+            self._add(out, self._nic_down, self.nic_of[gpus], far)
             spine = far * (leaf[:, None] != leaf[None, :])
-            out[self._up + leaf, senders] += spine.sum(axis=1)
-            np.add.at(out, (self._down + leaf[:, None], senders[None, :]), spine.T)
+            if spine.any():
+                out[self._up + leaf, senders] += spine.sum(axis=1)
+                self._add(out, self._down, leaf, spine)
         return out
+
+    @staticmethod
+    def _add(out: Array, first: int, link_R: Ints, traffic_RR: Array) -> None:
+        """Add to rows `first + link[j]` what every rank sends to rank j; many receivers may share a link."""
+        count = len(link_R)
+        rows = int(link_R.max()) + 1
+        cells = link_R[:, None] * count + np.arange(count)
+        total = np.bincount(cells.ravel(), weights=traffic_RR.T.ravel(), minlength=rows * count)
+        out[first:first + rows] += total.reshape(rows, count)
 
     def route_latency_s(self, traffic_RR: Array, ranks: Sequence[int] | Ints) -> float:
         """Latency of the longest route that carries anything."""
@@ -314,3 +330,9 @@ class Network:
         """Seconds until `n_bytes` from every source have reached its destination, all starting at once (KV transfer)."""
         flows = [Flow(src, dst, n_bytes) for src, dst in zip(sources, destinations, strict=True)]
         return float(self.finish_s(flows).max(initial=0.0))
+
+
+@lru_cache(maxsize=16)
+def network_of(cluster: ClusterSpec) -> Network:
+    """The cluster's graph, made once for all that ask."""
+    return Network(cluster)

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -168,7 +169,9 @@ def _package(name: str) -> Any:
     return resources.files(name)
 
 
+@lru_cache(maxsize=8)
 def _catalogue(kind: str) -> dict[str, Any]:
+    """A shipped catalogue, read once: whoever loads many scenarios asks for the same few. Nobody writes into it."""
     resource = _package("topologies") / f"{kind}.yaml"
     data = parse_yaml(resource.read_text(encoding="utf-8"), f"topologies/{kind}.yaml").data
     assert isinstance(data, dict)
