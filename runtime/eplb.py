@@ -22,7 +22,8 @@ import torch.distributed as dist
 from runtime.comm.group import PeerLost, guarded
 from runtime.control import Control
 from runtime.model.transformer import MoeFfn
-from runtime.rebalance import Copy, Decision, Seen, decide
+from runtime.rebalance import Decision, Seen, decide
+from twin.policy.migration import Copy
 from twin.policy.placement import Placement
 
 if TYPE_CHECKING:
@@ -94,12 +95,10 @@ class Rebalancer:
             self._staged = None
             for slot, packed in rows.items():
                 _unpack(packed, self._parts(self._ffns[layer], slot))
-            self._ffns[layer].place(self._decision.placement.slot_to_logical[layer].tolist(), self._decision.shares_LS[layer])
             self._placement()[layer] = self._decision.placement.slot_to_logical[layer].tolist()
+            self._ffns[layer].replicas.place(self._placement()[layer])
             self._allowed_from = self._rounds
             return
-        for layer, ffn in enumerate(self._ffns):
-            ffn.place(self._placement()[layer], self._decision.shares_LS[layer])
         self._running = False
         if self._rank.at.local_rank == 0:
             self._control.send({"ev": "eplb", **self._news, "last_round": self._rounds})

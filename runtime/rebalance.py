@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twin.policy import placement as policy
-from twin.policy.migration import keep_ranks, migration, should_rebalance
+from twin.policy.migration import Copy, copies, keep_ranks, migration, should_rebalance
 from twin.policy.placement import Placement
 from twin.policy.replica_split import split_over_replicas
 from twin.spec.plan import PoolPlan
@@ -40,24 +40,12 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Weights of `expert` go from a slot of EP rank `source` to a slot of EP rank `target`."""
-
-    expert: int
-    source: int
-    source_slot: int
-    target: int
-    target_slot: int
-
-
-@dataclass(frozen=True)
 class Decision:
     """`layers` are the layers to change with their copies, none when it does not pay. Imbalances are the fullest rank over
-    the mean with replicas used by their shares, a mean over layers. `shares_LS` are for the placement that results."""
+    the mean, with the window's tokens split over replicas as well as can be, a mean over layers."""
 
     placement: Placement
     layers: tuple[tuple[int, tuple[Copy, ...]], ...]
-    shares_LS: NDArray[np.float64]
     imbalance_before: float
     imbalance_after: float
     gain_s_per_step: float
@@ -73,24 +61,12 @@ def decide(seen: Seen, now: Placement, pool: PoolPlan, groups: int, copy_bytes: 
     else:
         wanted = policy.place_global(seen.load_LE, slots, now.num_ranks)
     plan = migration(now, keep_ranks(now, wanted))
-    stay_LS, go_LS = split_over_replicas(seen.load_LE, now), split_over_replicas(seen.load_LE, plan.placement)
-    before, after = (float(policy.max_over_mean(policy.slots_to_ranks(shares, now)).mean()) for shares in (stay_LS, go_LS))
+    before, after = (float(policy.max_over_mean(policy.slots_to_ranks(split_over_replicas(seen.load_LE, where), where)).mean())
+                     for where in (now, plan.placement))
     gain_s = seen.experts_s / ranks / max(seen.steps, 1) * (before - after)
     speed = seen.moved_bytes / seen.moving_s if seen.moving_s > 0 else FIRST_BYTES_PER_S
     cost_s = plan.num_copies * copy_bytes / speed
     if not plan.num_copies or not should_rebalance(gain_s, pool.eplb.period_steps, cost_s):
-        return Decision(now, (), stay_LS, before, before if plan.num_copies else after, gain_s, cost_s)
+        return Decision(now, (), before, before if plan.num_copies else after, gain_s, cost_s)
     layers = tuple((layer, copies(now, layer, changes)) for layer, changes in enumerate(plan.changes) if changes)
-    return Decision(plan.placement, layers, go_LS, before, after, gain_s, cost_s)
-
-
-def copies(now: Placement, layer: int, changes: tuple[tuple[int, int], ...]) -> tuple[Copy, ...]:
-    """Where the weights of changed (slot, expert) pairs come from: the rank itself if it can, else holders by turns."""
-    found = []
-    for slot, expert in changes:
-        target = slot // now.slots_per_rank
-        holders = [int(s) for s in now.logical_to_slots[layer, expert] if s >= 0]
-        own = [s for s in holders if s // now.slots_per_rank == target]
-        source = own[0] if own else holders[slot % len(holders)]
-        found.append(Copy(expert, source // now.slots_per_rank, source, target, slot))
-    return tuple(found)
+    return Decision(plan.placement, layers, before, after, gain_s, cost_s)

@@ -1,4 +1,4 @@
-"""Moving experts while serving: decisions, replica wheels, and the same tokens whatever moves when."""
+"""Moving experts while serving: decisions, and the same tokens whatever moves when."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from runtime_checkpoints import NEW_TOKENS, Checkpoints
 from runtime.eplb import _pack, _unpack
 from runtime.frontend import Frontend
 from runtime.options import EngineOptions
-from runtime.rebalance import Seen, copies, decide
-from runtime.replicas import places_for, wheels
+from runtime.rebalance import Seen, decide
 from runtime.types import SamplingParams
+from twin.policy.migration import copies
 from twin.policy.placement import Placement, linear, max_over_mean, slots_to_ranks
+from twin.policy.replica_split import split_over_replicas
 from twin.spec.plan import Eplb, Plan, PoolPlan
 
 POOL = {"role": "mixed", "block_tokens": 4, "kv_blocks": 64, "max_num_seqs": 4, "max_batch_tokens": 16, "chunk_tokens": 8}
@@ -29,21 +30,6 @@ def pool_of(**more: object) -> PoolPlan:
     return PoolPlan(**{**POOL, "dp": 4, "ep": 4, "redundant_experts": 4, "eplb": Eplb(window_steps=10, period_steps=100), **more})
 
 
-def test_wheels_keep_to_the_shares() -> None:
-    """Every run of tokens gets each replica as often as its share says, within one turn's rounding."""
-    slot_experts, shares = [0, 1, 2, 0, 0, 1], np.array([50.0, 9, 7, 25, 25, 0])
-    wheel_EW = wheels(slot_experts, 3, 32, shares)
-    assert [int((wheel_EW[0] == s).sum()) for s in (0, 3, 4)] == [16, 8, 8]
-    assert set(wheel_EW[1]) == {1}, "a replica without a share gets nothing"
-    assert set(wheel_EW[2]) == {2}
-    for n in range(1, 33):
-        assert abs((wheel_EW[0][:n] == 0).sum() - n / 2) <= 1
-    even = wheels(slot_experts, 3, 32)
-    assert sorted(np.bincount(even[0], minlength=6)[[0, 3, 4]]) == [10, 11, 11]
-    assert places_for(4) == 32
-    assert places_for(200) == 256
-
-
 def test_a_better_placement_pays_or_it_does_not() -> None:
     """The decision moves when steps ahead win more than copies cost, and says what it did."""
     load, now = skewed(3, 16), linear(3, 16, 4, 4)
@@ -52,7 +38,7 @@ def test_a_better_placement_pays_or_it_does_not() -> None:
     assert made.layers
     assert made.imbalance_after < 1.1 < made.imbalance_before
     assert made.gain_s_per_step == pytest.approx(0.1 * (made.imbalance_before - made.imbalance_after))
-    ranks_LR = slots_to_ranks(made.shares_LS, made.placement)
+    ranks_LR = slots_to_ranks(split_over_replicas(load, made.placement), made.placement)
     assert max_over_mean(ranks_LR).mean() == pytest.approx(made.imbalance_after)
     slow = Seen(load, experts_s=4.0, steps=10, moved_bytes=1e3, moving_s=1e3)
     stays = decide(slow, now, pool_of(), 1, 1 << 20, ranks=4)

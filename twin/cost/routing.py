@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twin.cost.batch import Array
+from twin.cost.drift import layer_scores
 from twin.policy.placement import Placement, linear, place_global, place_hierarchical
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec, MoE
@@ -29,8 +30,9 @@ def popularity(model: ModelSpec, routing: Routing, seed: int = 0) -> Array:
     """Share of the token-expert pairs that each expert gets, rows sum to 1: [L, E].
 
     A single row when all layers are alike (uniform). zipf: share ~ rank^-alpha; lognormal: exp(sigma z); each layer
-    orders its experts by its own permutation. matrix: from a CSV (or the "loads" of a JSON file), one row a layer
-    (rows are reused in turn when the model has more layers). Raises SpecError for a file that does not fit.
+    orders its experts by its own permutation, or by scores that are correlated between layers. matrix: from a CSV (or the
+    "loads" of a JSON file), one row a layer (rows are reused in turn when the model has more layers). Raises SpecError for
+    a file that does not fit.
     """
     assert model.moe is not None
     experts, layers = model.moe.experts, model.moe_layers
@@ -40,7 +42,11 @@ def popularity(model: ModelSpec, routing: Routing, seed: int = 0) -> Array:
             (routing.kind == "lognormal" and routing.sigma == 0):
         return np.full((1, experts), 1.0 / experts)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0x65787065]))  # the stream named "expe"
-    if routing.kind == "zipf":
+    if routing.layer_correlation:
+        scores_LE = layer_scores(layers, experts, routing.layer_correlation, rng)
+        ranks = np.argsort(np.argsort(-scores_LE, axis=1, kind="stable"), axis=1)
+        weights = (ranks + 1.0) ** -routing.alpha if routing.kind == "zipf" else np.exp(routing.sigma * scores_LE)
+    elif routing.kind == "zipf":
         base = np.arange(1, experts + 1, dtype=float) ** -routing.alpha
         weights = np.stack([rng.permutation(base) for _ in range(layers)])
     else:

@@ -41,6 +41,29 @@ def migration(old: Placement, new: Placement) -> Migration:
     return Migration(Placement(slots_LS, new.num_ranks), changes)
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Weights of `expert` go from a slot of EP rank `source` to a slot of EP rank `target`."""
+
+    expert: int
+    source: int
+    source_slot: int
+    target: int
+    target_slot: int
+
+
+def copies(now: Placement, layer: int, changes: tuple[tuple[int, int], ...]) -> tuple[Copy, ...]:
+    """Where the weights of changed (slot, expert) pairs come from: the rank itself if it can, else holders by turns."""
+    found = []
+    for slot, expert in changes:
+        target = slot // now.slots_per_rank
+        holders = [int(s) for s in now.logical_to_slots[layer, expert] if s >= 0]
+        own = [s for s in holders if s // now.slots_per_rank == target]
+        source = own[0] if own else holders[slot % len(holders)]
+        found.append(Copy(expert, source // now.slots_per_rank, source, target, slot))
+    return tuple(found)
+
+
 def keep_ranks(old: Placement, new: Placement, num_nodes: int = 1) -> Placement:
     """`new` with whole ranks exchanged (inside nodes) so that more experts find themselves where they were.
 

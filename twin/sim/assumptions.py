@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twin.cost.handover import HandoverStyle, handover_of
 from twin.spec.plan import Plan
 from twin.spec.results import PoolResult
 from twin.spec.scenario import Scenario
@@ -19,10 +20,9 @@ def assumptions(scenario: Scenario, plan: Plan) -> tuple[str, ...]:
     ]
     if plan.separated:
         said += [
-            "A prompt's KV is sent after its prefill has ended, once the decode rank has given it memory and a seat; "
-            "the first token comes out at the prefill side.",
-            "KV transfers share links with one another, max-min fair; traffic of collectives on the same links is not "
-            "added to them.",
+            _handover(handover_of(plan.engine, scenario.kv_send)),
+            "KV transfers share links with one another and with the exchanges of steps, max-min fair; an exchange counts on "
+            "its links as spread evenly over the step. Calibrated steps and all-reduces feel nothing of transfers.",
             "A sequence pre-empted in a decode instance is computed anew there.",
         ]
     if any(pool.mtp_draft_tokens for pool in plan.pools):
@@ -33,9 +33,32 @@ def assumptions(scenario: Scenario, plan: Plan) -> tuple[str, ...]:
                     "counted as if each request had its own.")
     if scenario.workload.arrivals.kind == "closed_loop":
         said.append("All users of the closed loop send their first request at time zero.")
-    if scenario.routing.kind != "uniform" and scenario.model.moe is not None:
-        said.append("Expert popularity does not drift during the run; the placement was made for this very popularity.")
+    said += _experts(scenario, plan)
     return tuple(said)
+
+
+def _handover(style: HandoverStyle) -> str:
+    when = {"prompt": "A prompt's KV is sent after its prefill has ended",
+            "chunk": "All chunks of a prompt but the last are sent while the last is computed",
+            "layer": "All layers of a prompt but the last are sent while its last chunk is computed"}
+    heard = " and both ranks are between steps" if style.between_steps else ""
+    return f"{when[style.sends]}, once the decode rank has given it memory and a seat{heard}; the first token comes out at the " \
+           "prefill side."
+
+
+def _experts(scenario: Scenario, plan: Plan) -> list[str]:
+    if scenario.model.moe is None:
+        return []
+    half_life_s, said = scenario.routing.drift_half_life_s, []
+    if half_life_s is not None:
+        said.append(f"Which experts are popular drifts with a half life of {half_life_s:g} s, the same in all pools; placements "
+                    "were made for the popularity at time zero. Calibrated steps feel nothing of it.")
+    elif scenario.routing.kind != "uniform":
+        said.append("Expert popularity does not drift during the run; the placement was made for this very popularity.")
+    if any(pool.eplb is not None for pool in plan.pools):
+        said.append("Rebalancing decides in no time, by loads that hold the noise of sampling; weights on their way are spread "
+                    "evenly over the steps that they take, and replicas of an expert are used alike.")
+    return said
 
 
 def warnings(scenario: Scenario, plan: Plan, summary: RunSummary, pools: Sequence[PoolResult]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from twin.cost.batch import StepBatch, StepCost
-from twin.sim.instance import Instance, Run, batch_at
+from twin.sim.instance import Instance
+from twin.sim.run import Run, batch_at
 from twin.spec.base import Source
 
 SHARED_LINKS = "overlap/shared_links"

@@ -10,32 +10,25 @@ What comes from outside (requests, hand-overs) waits in `inbox` until a boundary
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from twin.cost.batch import StepBatch, StepCost
+from twin.cost.batch import StepBatch
 from twin.policy.steps import StepPlan
+from twin.sim.balance import Experts
 from twin.sim.clock import FIRST_INSTANCE_PHASE, TRANSFER_PHASE, Clock
 from twin.sim.presence import Presence
 from twin.sim.rank import Handover, Rank
 from twin.sim.request import Request
+from twin.sim.run import Run, StepCosts, batch_at
 from twin.sim.steplog import StepLog
 from twin.spec.plan import PoolPlan
 
 NEVER = np.int64(1) << 62
 _LONGEST_RUN = 1024
-
-
-class StepCosts(Protocol):
-    """What an instance asks of a cost model."""
-
-    def step(self, batch: StepBatch) -> StepCost: ...
-    def step_s(self, batch: StepBatch) -> float: ...
-    def decode_s(self, seqs: NDArray[np.int64], context: NDArray[np.int64]) -> NDArray[np.float64]: ...
 
 
 class Listener(Protocol):
@@ -48,34 +41,6 @@ class Listener(Protocol):
     def finished(self, request: Request, instance: Instance, rank: int) -> None: ...
     def preempted(self, request: Request, instance: Instance) -> None: ...
     def stepped(self, instance: Instance, run: Run) -> None: ...
-
-
-@dataclass(slots=True)
-class Run:
-    """Steps in flight: `planned` ranks do what their plans say (then it is one step), all others decode.
-
-    `batch`: what each rank does in the first of the steps; decode contexts grow by `decode_seqs` a step.
-    `alone_s`, `step_s`: seconds of each step without and with what others take of its links.
-    `first`: index of the first step in the log, once it is logged.
-    """
-
-    start_s: float
-    ends_s: NDArray[np.float64]
-    step_s: NDArray[np.float64]
-    alone_s: NDArray[np.float64]
-    steps: int
-    batch: StepBatch
-    planned: list[tuple[int, StepPlan]]
-    first: int = -1
-    retimed: int = -1  # the last step, when its pace changed on the way, to `pace_s` for a whole step
-    pace_s: float = 0.0
-
-
-def batch_at(run: Run, offset: int) -> StepBatch:
-    """What the ranks did in the step `offset` steps into a run."""
-    batch = run.batch
-    return StepBatch(batch.decode_seqs, np.asarray(batch.decode_context + offset * batch.decode_seqs),
-                     batch.prefill_tokens, batch.prefill_context, batch.prefill_seqs)
 
 
 class Instance:
@@ -92,6 +57,7 @@ class Instance:
         self.segments: list[tuple[int, int, int]] = []  # (request, first step, last step) that gave it one token each
         self.preemptions = 0
         self.presence: Presence | None = None  # on links that others use, where they do
+        self.experts: Experts | None = None  # where they drift or move
         self.inbox: list[tuple[int, Request | Handover]] = []
         self._calls: list[Callable[[], None]] = []  # to be made between steps
         self._mtp = mtp_stream
@@ -219,18 +185,22 @@ class Instance:
         return None if steps == NEVER else self._start(min(int(steps), self._ahead), [])
 
     def _start(self, steps: int, planned: list[tuple[int, StepPlan]]) -> Run:
-        batch = self._batch(planned)
+        batch, now, until_s = self._batch(planned), self.clock.now, float("inf")
+        if self.experts is not None:
+            self.costs, room, until_s = self.experts.begin(now, self.log, batch)
+            steps = min(steps, room)
         if batch.prefill_seqs.any():
             step_s = np.array([self.costs.step_s(batch)])
         else:
             grown = np.arange(steps)[:, None] * self._seqs
             step_s = self.costs.decode_s(np.broadcast_to(self._seqs, grown.shape), self._context + grown)
-        now = self.clock.now
         alone_s = step_s
         if self.presence is not None:
             self.presence.begins(batch, float(step_s[0]))
             step_s = alone_s + self.presence.longer_s(batch, steps)
         ends_s = np.cumsum(np.concatenate([[now], step_s]))[1:]  # one addition after the other, as single steps do
+        if steps > 1 and ends_s[steps - 2] >= until_s:
+            steps = 1 + int(np.searchsorted(ends_s[:steps - 1], until_s))  # those that begin before
         for rank, plan in planned:
             for chunk in plan.prefill:
                 request = self.requests[chunk.request_id]

@@ -48,7 +48,8 @@ def pool_result(pool: PoolPlan, costs: PoolCosts, instances: Sequence[Instance],
         memory=_memory(costs), expert_load=expert_load(costs),
         kv_transfer_s=Summary.of([r.kv_transfer_s for r in from_here if r.counted and r.kv_transfer_s is not None])
         if pool.role != "mixed" else None,
-        kv_transfer_bytes=float(sum(transferred(r.isl) for r in from_here)) if transferred else 0.0)
+        kv_transfer_bytes=float(sum(transferred(r.isl) for r in from_here)) if transferred else 0.0,
+        rebalances=tuple(one for i in instances if i.experts is not None for one in i.experts.rebalances))
 
 
 def inside(instance: Instance, window: tuple[float, float], name: str) -> Floats:
@@ -132,7 +133,8 @@ def _ratios(breakdown: Breakdown) -> tuple[float, float]:
 
 
 def series(instances: Sequence[Instance], records: Sequence[RequestRecord], pools: Sequence[PoolPlan]) -> tuple[Series, ...]:
-    """Unfinished requests, and by pool: waiting, running, KV in use and output tokens a second; at equal distances."""
+    """Unfinished requests, and by pool: waiting, running, KV in use, output tokens a second and, where experts drift
+    or move, their imbalance; at equal distances."""
     end_s = max((float(i.log.column("end_s")[-1]) for i in instances if len(i.log)), default=0.0)
     if end_s <= 0:
         return ()
@@ -152,6 +154,9 @@ def series(instances: Sequence[Instance], records: Sequence[RequestRecord], pool
             _series(f"{name}: KV in use", "share", times,
                     _sampled(mine, times, [i.log.column("kv_tokens") for i in mine]) / capacity),
             _series(f"{name}: output", "tok/s", times, _rate(mine, times))]
+        told = [i.experts.imbalances for i in mine if i.experts is not None]
+        if told:
+            found.append(_series(f"{name}: fullest rank's experts", "of the mean", times, _held(told, times)))
     return tuple(found)
 
 
@@ -169,6 +174,12 @@ def _sampled(instances: Sequence[Instance], times: Floats, columns: Sequence[Flo
         busy = (ends[step] - instance.log.column("step_s")[step] < times) & (times <= ends[step])
         total += np.where(busy, column[step], 0.0)
     return total
+
+
+def _held(told: Sequence[Sequence[tuple[float, float]]], times: Floats) -> Floats:
+    """What was last told at each time, mean over those who told it."""
+    columns = [np.array(pairs).T for pairs in told]
+    return np.asarray(np.mean([value[np.searchsorted(since, times, "right") - 1] for since, value in columns], axis=0))
 
 
 def _rate(instances: Sequence[Instance], times: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""What an instance's collectives are to others on the same links, and what others do to its steps.
+"""What an instance's collectives (and experts that move) are to others on the same links, and what others do to its steps.
 
 Legend of shapes: k links that the exchanges use, d DP ranks, n steps.
 """
@@ -30,7 +30,7 @@ class Presence:
         self._gpus, self._changed, self._retime = gpus, changed, retime
         self._work: tuple[StepBatch, float] | None = None  # what it does, and how long a step of it takes alone
         self._taken_k: Floats | None = None
-        self._moved_k: Floats | None = None
+        self._moved_k: Floats | None = None  # bytes/s of expert weights on their way to other ranks
 
     @cached_property
     def wire(self) -> Wire | None:
@@ -48,7 +48,8 @@ class Presence:
             none = np.zeros(len(self.links_k))
             return none, none
         batch, step_s = self._work
-        return self.wire.step_bytes(self.costs.exchanged_tokens(batch)) / step_s, self.wire.flows_k
+        load_k = self.wire.step_bytes(self.costs.exchanged_tokens(batch)) / step_s
+        return load_k if self._moved_k is None else load_k + self._moved_k, self.wire.flows_k
 
     def begins(self, batch: StepBatch, step_s: float) -> None:
         """A step (or many alike) begins. Long decodes of the same sequences count as one load, whose steps grow unnoticed."""
@@ -65,6 +66,11 @@ class Presence:
             self._work = None
             self._changed(self)
 
+    def moves(self, bytes_per_s: Floats | None) -> None:
+        """Expert weights begin (or cease) to travel: so much on each link of the network while steps are taken."""
+        self._moved_k = None if bytes_per_s is None else bytes_per_s[self.links_k]
+        self._work = None  # a new load, for whoever shares the links
+
     # What others do to it.
 
     def squeeze(self, taken_k: Floats) -> None:
@@ -76,11 +82,12 @@ class Presence:
 
     def longer_s(self, batch: StepBatch, steps: int) -> Floats | float:
         """What `steps` decodes from `batch` on (or one step of any kind) take longer: [n]."""
-        taken = [part_k for part_k in (self._taken_k, self._moved_k) if part_k is not None]
-        if not taken or self.wire is None:
+        if self.wire is None or (self._taken_k is None and self._moved_k is None):
             return 0.0
-        tokens_d = self.costs.exchanged_tokens(batch)
-        more_s = self.wire.more_s(tokens_d, np.minimum(np.sum(taken, axis=0), _MOST_TAKEN))
+        taken_k = np.zeros(len(self.links_k)) if self._taken_k is None else self._taken_k
+        if self._moved_k is not None:
+            taken_k = taken_k + self._moved_k / self.costs.network.capacity[self.links_k]
+        more_s = self.wire.more_s(self.costs.exchanged_tokens(batch), np.minimum(taken_k, _MOST_TAKEN))
         return self.costs.longer_s(rows(batch, steps), more_s) if more_s > 0 else 0.0
 
 

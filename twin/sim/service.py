@@ -15,9 +15,10 @@ from twin.cost.network import Network
 from twin.policy.admission import Admission, Decision
 from twin.policy.arrivals import named_seed, named_stream
 from twin.sim.clock import Clock
-from twin.sim.instance import Instance, Run, StepCosts
+from twin.sim.instance import Instance
 from twin.sim.presence import Presence
 from twin.sim.request import Request
+from twin.sim.run import Run, StepCosts
 from twin.sim.sending import Sendings
 from twin.sim.targets import Targets
 from twin.sim.transfers import Transfers

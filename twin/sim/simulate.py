@@ -14,9 +14,10 @@ from twin.cost.network import Network
 from twin.policy.arrivals import named_stream
 from twin.sim.assumptions import assumptions, warnings
 from twin.sim.breakdown import Breakdown, together
-from twin.sim.instance import Instance, Run
+from twin.sim.instance import Instance
 from twin.sim.layers import StepView, follow_step
 from twin.sim.outcome import gaps, intervals, pool_result, result_source, series
+from twin.sim.run import Run
 from twin.sim.service import PoolCosts, Switches, lay_out
 from twin.sim.timeline import Timeline
 from twin.sim.world import World

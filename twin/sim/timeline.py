@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from twin.sim.instance import Instance, Run, batch_at
+from twin.sim.instance import Instance
 from twin.sim.request import Request
+from twin.sim.run import Run, batch_at
 
 Event = dict[str, Any]
 MAX_EVENTS = 20_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twin.cost.handover import handover_of
+from twin.sim.balance import follow_experts
 from twin.sim.clients import Clients
 from twin.sim.clock import Clock
 from twin.sim.service import PoolCosts, Service, Switches
@@ -22,6 +23,7 @@ class World:
         self.service = Service(self.clock, scenario.cluster, plan, costs, seed=scenario.seed,
                                ended=self.clients.request_ended, switches=switches,
                                style=handover_of(plan.engine, scenario.kv_send), layers=scenario.model.layers)
+        follow_experts(scenario, self.service.instances)
         self.clients.start(self.service, in_flight)
 
     @property

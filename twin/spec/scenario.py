@@ -10,6 +10,7 @@ from twin.spec.base import Spec
 from twin.spec.cluster import ClusterSpec
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan, Precision, RouterKind
+from twin.spec.units import Seconds
 from twin.spec.workload import WorkloadSpec
 
 KvSend = Literal["engine", "prompt", "chunk", "layer"]
@@ -19,17 +20,28 @@ Degrees = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(mi
 
 class Routing(Spec):
     """How uneven experts are. uniform; zipf with `alpha`; lognormal with `sigma`; matrix from `file` (CSV, a row a
-    layer, a column an expert)."""
+    layer, a column an expert).
+
+    `layer_correlation`: of the popularity of experts with the same number in two layers (zipf and lognormal; 0: each layer
+    has an order of its own). `drift_half_life_s`: seconds in which half of the correlation with today's popularity is lost;
+    which experts are popular changes then, how uneven they are does not. None: nothing changes.
+    """
 
     kind: Literal["uniform", "zipf", "lognormal", "matrix"] = "uniform"
     alpha: Annotated[float, Field(ge=0, le=5)] = 0.0
     sigma: Annotated[float, Field(ge=0, le=5)] = 0.0
     file: str | None = None
+    layer_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    drift_half_life_s: Annotated[Seconds, Field(ge=1e-3)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Routing:
         if self.kind == "matrix" and not self.file:
             raise ValueError("matrix routing needs file")
+        if self.kind == "uniform" and self.drift_half_life_s is not None:
+            raise ValueError("uniform routing cannot drift: no expert is more popular than another")
+        if self.kind in ("uniform", "matrix") and self.layer_correlation:
+            raise ValueError("layer_correlation is for zipf and lognormal routing")
         return self
 
 

@@ -32,7 +32,7 @@ def slow_cluster(nic_bytes_per_s: float = 2e9, nodes: int = 8) -> ClusterSpec:
     """Nodes of two H200, one slow NIC each, so that exchanges and KV both hurt."""
     gpu = load_cluster("h200-1x8").groups[0].gpu
     return ClusterSpec(name="slow", groups=(NodeGroup(nodes=nodes, gpus_per_node=2, gpu=gpu),), network=NetworkSpec(
-        nvlink_bytes_per_s=450e9, nvlink_domain_gpus=2, nics_per_node=1, nic_bytes_per_s=nic_bytes_per_s, pcie_bytes_per_s=50e9))
+        nvlink_bytes_per_s=450e9, nvlink_domain_gpus=2, nics_per_node=1, nic_bytes_per_s=nic_bytes_per_s, pcie_bytes_per_s=200e9))
 
 
 def question(engine: str = "eptwin", rate: float = 6.0, requests: int = 60, **pools) -> Scenario:
