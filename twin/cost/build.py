@@ -10,7 +10,7 @@ import numpy as np
 
 from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
-from twin.cost.comm import Exchange, Reach, compile_exchange
+from twin.cost.comm import Exchange, Reach, compile_exchange, loads_of
 from twin.cost.engines import OUR_ENGINE, Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
@@ -211,8 +211,10 @@ def crossings(site: Site) -> tuple[Crossing, ...]:
 
 def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
     """The crossings of one MoE layer, compiled; None, None without any."""
-    made = [compile_exchange(c.protocol, c.phase, c.reach, site.network, site.gpus_R, c.senders_Rd, c.token_bytes,
-                             backwards=c.backwards) for c in crossings(site)]
+    found = crossings(site)
+    loads = loads_of(found[0].protocol, found[0].reach, site.network, site.gpus_R, found[0].senders_Rd) if found else None
+    made = [compile_exchange(c.protocol, c.phase, c.reach, site.network, site.gpus_R, c.senders_Rd, c.token_bytes, loads=loads,
+                             backwards=c.backwards) for c in found]
     return (made[0], made[1]) if made else (None, None)
 
 

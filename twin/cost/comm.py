@@ -97,27 +97,41 @@ def pattern_traffic(protocol: Protocol, reach: Reach, network: Network, gpus: In
     return [(own, over_rail), (gather, inside)]
 
 
-def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Network, gpus: Ints, senders_Rd: Array,
-                     token_bytes: float, *, backwards: bool) -> Exchange:
-    """Compile one phase. `senders_Rd[r, d]`: part of DP rank d's tokens that rank r sends."""
+@dataclass(frozen=True)
+class Loads:
+    """What a dispatch puts on the network for each token of DP rank d: how often it crosses each link [links, d], in how many
+    legs, and the latency of the longest route."""
+
+    crossed_Ld: Array
+    legs: int
+    latency_s: float
+
+
+def loads_of(protocol: Protocol, reach: Reach, network: Network, gpus: Ints, senders_Rd: Array) -> Loads:
+    """`senders_Rd[r, d]`: part of DP rank d's tokens that rank r sends."""
     legs = pattern_traffic(protocol, reach, network, gpus)
-    count, links = senders_Rd.shape[1], len(network.links)
-    load = np.zeros((links, count))
-    busy = np.zeros((len(gpus), len(gpus)))
+    load, busy = None, np.zeros((len(gpus), len(gpus)))
     for gather, spread in legs:
-        matrix = network.link_matrix(spread, gpus)  # [links, R]
-        load += matrix @ gather @ senders_Rd
-        busy = busy + spread
-    if backwards:
-        load = load[reversed_links(network)]
-    forwards = len(legs) > 1 and bool(load[~network.nvlink_links].any())
-    rate = link_rates(phase, network, forwards=forwards)
-    skew = np.where(network.nvlink_links | (len(legs) == 1), reach.skew, reach.skew_rail)
-    seconds = load * token_bytes * (skew / rate)[:, None]
-    remote = bool(load[~network.nvlink_links].any())
-    latency_s = network.route_latency_s(busy, gpus)
-    fixed_s = (phase.base_s + latency_s + (phase.remote_s if remote else 0.0)) if load.any() else 0.0
-    return Exchange(_largest(seconds[network.nvlink_links]), _largest(seconds[~network.nvlink_links]), fixed_s, protocol.source)
+        leg = through(through(network.link_matrix(spread, gpus), gather), senders_Rd)
+        load, busy = leg if load is None else load + leg, busy + spread
+    assert load is not None
+    return Loads(load, len(legs), network.route_latency_s(busy, gpus))
+
+
+def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Network, gpus: Ints, senders_Rd: Array,
+                     token_bytes: float, *, backwards: bool, loads: Loads | None = None) -> Exchange:
+    """Compile one phase; `loads` are those of the same dispatch where they are known (combine is dispatch backwards)."""
+    loads = loads or loads_of(protocol, reach, network, gpus, senders_Rd)
+    on_nvlink, latency_s = network.nvlink_links, loads.latency_s
+    order = network.reversed if backwards else np.arange(len(on_nvlink))
+    near, far = (loads.crossed_Ld[order[links]] for links in (on_nvlink, ~on_nvlink))
+    remote = bool(far.any())
+    rate = link_rates(phase, network, forwards=loads.legs > 1 and remote)
+    token_s = token_bytes * np.where(on_nvlink | (loads.legs == 1), reach.skew, reach.skew_rail) / rate
+    fixed_s = (phase.base_s + latency_s + (phase.remote_s if remote else 0.0)) if remote or near.any() else 0.0
+    near *= token_s[on_nvlink, None]
+    far *= token_s[~on_nvlink, None]
+    return Exchange(_largest(near), _largest(far), fixed_s, protocol.source)
 
 
 def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
@@ -126,13 +140,12 @@ def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
     return np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
 
 
-def reversed_links(network: Network) -> Ints:
-    """The link that carries the same bytes when every flow turns round."""
-    swap = {"nvlink_up": "nvlink_down", "pcie_up": "pcie_down", "nic_up": "nic_down", "leaf_up": "leaf_down"}
-    swap |= {v: k for k, v in swap.items()}
-    place = {link.name: i for i, link in enumerate(network.links)}
-    names = [link.name.split("/") for link in network.links]
-    return np.array([place[f"{swap[prefix]}/{index}"] for prefix, index in names])
+def through(matrix: Array, square: Array) -> Array:
+    """`matrix @ square`, quick where each rank stands for itself alone."""
+    diagonal = np.diagonal(square)
+    if square.shape[0] != square.shape[1] or np.count_nonzero(square) != np.count_nonzero(diagonal):
+        return np.asarray(matrix @ square)
+    return matrix if (diagonal == 1.0).all() else np.asarray(matrix * diagonal)
 
 
 def _largest(seconds: Array) -> tuple[Array, Array]:
@@ -142,17 +155,16 @@ def _largest(seconds: Array) -> tuple[Array, Array]:
     same everywhere.
     """
     used = seconds > 0
-    private = (used.sum(axis=1) == 1)
-    alone = np.where(private[:, None], seconds, 0.0).max(axis=0, initial=0.0)
-    busy = seconds[used.any(axis=1) & ~private]
+    ranks = used.sum(axis=1)
+    alone = seconds[ranks == 1].max(axis=0, initial=0.0)
+    busy = seconds[ranks > 1]
     if not len(busy):
         return np.zeros((0, seconds.shape[1])), alone
     peak = busy.max(axis=1)
     order = np.argsort(-peak, kind="stable")
-    mix = busy[order] / peak[order, None]
-    mark = np.round(mix @ np.sqrt(np.arange(2.0, 2.0 + mix.shape[1])), 7)  # equal mixes have equal marks
-    _, first = np.unique(mark, return_index=True)
-    return busy[order][np.sort(first)], alone
+    mark = np.round(busy @ np.sqrt(np.arange(2.0, 2.0 + busy.shape[1])) / peak, 7)  # equal mixes have equal marks
+    _, first = np.unique(mark[order], return_index=True)
+    return busy[order[np.sort(first)]], alone
 
 
 def kv_transfer_s(network: Network, sources: Sequence[int], destinations: Sequence[int], n_bytes: float) -> float:

@@ -22,7 +22,7 @@ from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
-from twin.cost.network import Network
+from twin.cost.network import Network, network_of
 from twin.cost.stack import Stack, Streams
 from twin.policy.placement import Placement
 from twin.spec.base import Source
@@ -52,7 +52,7 @@ class CostModel:
                  profile: Evidence | Interpolator | None = None, seed: int = 0, network: Network | None = None,
                  first_gpu: int = 0, engine: Engine | None = None, alone: bool = False) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
-        self.network = network or Network(cluster)
+        self.network = network or network_of(cluster)
         try:
             group = cluster.group(pool.node_group)
         except KeyError:

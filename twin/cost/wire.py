@@ -12,7 +12,7 @@ import numpy as np
 
 from twin.cost.batch import Array
 from twin.cost.build import Crossing, crossings
-from twin.cost.comm import link_rates, pattern_traffic, reversed_links
+from twin.cost.comm import link_rates, pattern_traffic
 from twin.cost.model import CostModel
 from twin.cost.network import Ints, Network
 
@@ -76,7 +76,7 @@ def _leg(crossing: Crossing, network: Network, gpus: Ints) -> Leg:
         sent_R: Array = (gather @ crossing.senders_Rd).sum(axis=1)
         flows += network.link_bytes(np.sign(sent_R[:, None] * spread), gpus)
     if crossing.backwards:
-        turned = reversed_links(network)
+        turned = network.reversed
         load, flows = load[turned], flows[turned]
     forwards = len(legs) > 1 and bool(load[~network.nvlink_links].any())
     rate = link_rates(crossing.phase, network, forwards=forwards)
