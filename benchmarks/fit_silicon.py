@@ -20,19 +20,20 @@ from pathlib import Path
 import numpy as np
 
 from twin.cost.batch import INDEX, StepBatch
+from twin.cost.build import helper_launches
 from twin.cost.engine_fits import generation
 from twin.cost.engines import ENGINES, Engine
 from twin.cost.measured import RowTable
 from twin.cost.model import CostModel
-from twin.cost.serving import Serving, serving_of
-from twin.validate.answer import Answers, means_of, room_of
+from twin.cost.serving import Serving
+from twin.validate.answer import Answers, means_of, room_of, serving_for
 from twin.validate.closed_loop import Worker, run_loop
 from twin.validate.rows import Question, Unanswered, in_fit_half, question_of, read_rows
 from twin.validate.step_times import StepTimes
 
 # name: (start as a factor of the engine's own, how far a log may go, pull towards 1)
 PARAMETERS = {"graph_launch_s": (0.9, 0.02), "step_host_s": (1.2, 0.01), "eager_launch_s": (3.4, 0.003),
-              "frontend_s": (1.5, 0.01), "prefill_slowdown": (0.6, 0.05),
+              "frontend_s": (0.7, 0.02), "prefill_slowdown": (0.6, 0.05),
               "products_scale": (0.3, 0.10), "attention_scale": (0.4, 0.07),
               "experts_scale": (0.4, 0.07), "collectives_scale": (0.6, 0.05)}
 _MOST_USERS = 160
@@ -70,7 +71,7 @@ def families(costs: CostModel, batch: StepBatch) -> dict[str, np.ndarray]:
     streams = stack.streams(x)
     found["other"] += streams.compute + streams.comm - sum(v for k, v in found.items() if k != "launches") \
         - found["launches"] * costs.site.launch_s
-    found["eager"] = stack.launches(x) + costs._helper_launches
+    found["eager"] = stack.launches(x) + helper_launches(costs.model, costs.site.engine)
     found["seqs"] = (batch.decode_seqs + batch.prefill_seqs).max(axis=-1)
     small = x[..., INDEX["tokens"]].max(axis=-1) <= costs._graph_sizes[-1]
     found["covered"] = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1) & small
@@ -123,7 +124,7 @@ def cases_of(path: Path, seed: int, key: tuple[str, str]) -> list[Case]:
         seen.add(mark)
         isl, osl = means_of(q)
         costs = answers.costs_of(q.model, q.cluster, q.plan, q.plan.pools[0], engine=ENGINES[key[0]])
-        serving = serving_of(key[0], gpu, q.concurrency, isl)
+        serving = serving_for(q)
         times = FamilyTimes(costs, q.concurrency, isl + osl, serving.budget_tokens, float(isl))
         lengths = answers.lengths(q, 3)
         found.append(Case(q, times, serving, room_of(costs, []), lengths))

@@ -18,8 +18,10 @@ from twin.validate.against import GROUPS, Split, Verdict, finite, judge, plain, 
 @click.option("--split", type=click.Choice(["fit", "report", "all"]), default="all", show_default=True,
               help="Only the half of the configurations that constants were fitted on, or only the other.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the split and of drawn lengths.")
+@click.option("--deployments", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Factors of measured deployments to use instead of those that ship (written by benchmarks.fit_deployments).")
 @json_option
-def against(file: Path, limit: int | None, split: Split, seed: int, as_json: bool) -> None:
+def against(file: Path, limit: int | None, split: Split, seed: int, deployments: Path | None, as_json: bool) -> None:
     """Predict every row of FILE and compare.
 
     FILE is a CSV in the columns of aiconfigurator's table of silicon measurements (mean TTFT and TPOT of closed loops; other
@@ -30,7 +32,8 @@ def against(file: Path, limit: int | None, split: Split, seed: int, as_json: boo
         _records(file, limit, as_json)
         return
     progress = Progress()
-    verdicts = judge(file, split=split, seed=seed, limit=limit, tell=lambda done, total: progress("predicting", done, total))
+    verdicts = judge(file, split=split, seed=seed, limit=limit, deployments=deployments,
+                     tell=lambda done, total: progress("predicting", done, total))
     progress.close()
     summary = summarise(verdicts)
     if as_json:

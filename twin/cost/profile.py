@@ -204,7 +204,7 @@ def load_store(folder: Path | None = None, gpus: Iterable[str] | None = None) ->
     Files are named `<gpu>-<engine>.json`. Where none is of those kinds, all are loaded: something to transfer from.
     """
     folder = folder or Path(__file__).parent / "profiles"
-    paths = sorted(p for p in folder.glob("*.json") if p.name != "efficiency.json")
+    paths = sorted(folder.glob("*-*.json"))
     keys = {gpu_key(gpu) for gpu in gpus or ()}
     chosen = [p for p in paths if p.name.split("-")[0] in keys] or paths
     return ProfileStore(tuple(sorted((load_profile(p) for p in chosen), key=lambda p: p.id)))

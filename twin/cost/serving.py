@@ -1,6 +1,6 @@
 """How engines fill a step and hear of new requests, as data: what `engines.py` is to seconds, this is to scheduling.
 
-Budgets and polling are the engines' documented defaults and what public benchmark recipes (InferenceX, 2026) set for them.
+Budgets and polling are the engines' documented defaults.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class Serving:
     budget_tokens: tokens of a step (for an engine that does not mix: prompt tokens of a prefill step).
     poll_steps: decode steps between two looks for new requests (1: every step).
     balance_steps: with attention DP, steps that a prompt waits for the other ranks to have one too.
+    running: most requests that a rank runs at once, 0 for no bound of its own.
+    wait_steps: decode steps that prompts wait until they and the decodes fill `wait_share` of the budget.
     """
 
     mixed: bool
@@ -27,7 +29,9 @@ class Serving:
     budget_tokens: int
     poll_steps: int
     balance_steps: int = 0
-
+    running: int = 0
+    wait_steps: int = 0
+    wait_share: float = 0.0
 
 
 def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving:
@@ -35,13 +39,12 @@ def serving_of(engine: str, gpu: GpuSpec, concurrency: int, isl: int) -> Serving
 
     vLLM: 8192 tokens a step on data-centre GPUs, chunked, decodes first. TensorRT-LLM: whole prompts beside decodes, a
     budget sized to hold one prompt and all decodes; attention-DP ranks wait up to 60 steps to begin prompts together.
-    SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384; recipes on Blackwell look for new requests only
-    every 10 decode steps, every 30 from 16 users on.
+    SGLang: prompts alone and first, chunks of 8192 (Hopper) or 16384. What public benchmark runs set instead is in
+    `twin.validate.recipes`.
     """
     fast = generation(gpu) == "blackwell"
     if engine == "sglang":
-        poll = (30 if concurrency >= 16 else 10) if fast else 1
-        return Serving(False, True, 16384 if fast else 8192, poll)
+        return Serving(False, True, 16384 if fast else 8192, 1)
     if engine == "trtllm":
         return Serving(True, False, max(8192, isl + concurrency + 128), 1, balance_steps=60)
     if engine == "vllm":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from twin.cost.deployments import load_deployments
 from twin.spec.errors import EptwinError
 from twin.validate.answer import Answer, Answers
 from twin.validate.rows import Question, Row, Unanswered, in_fit_half, question_of, read_rows
@@ -60,11 +61,12 @@ class Verdict:
         return low <= measured <= high
 
 
-def judge(path: Path, *, split: Split = "all", seed: int = 0, limit: int | None = None,
+def judge(path: Path, *, split: Split = "all", seed: int = 0, limit: int | None = None, deployments: Path | None = None,
           tell: Callable[[int, int], None] | None = None) -> list[Verdict]:
-    """Answer the rows of a file, in their order. Raises SpecError for a file that cannot be read."""
+    """Answer the rows of a file, in their order; `deployments` replaces the factors that ship. Raises SpecError for a file that
+    cannot be read."""
     rows = [row for row in read_rows(path) if split == "all" or in_fit_half(row, seed) == (split == "fit")][:limit]
-    answers = Answers(seed)
+    answers = Answers(seed, deployments=None if deployments is None else load_deployments(deployments))
     verdicts = []
     for done, row in enumerate(rows):
         if tell is not None:

@@ -9,10 +9,11 @@ from functools import lru_cache
 import numpy as np
 
 from twin.cost.batch import StepBatch
+from twin.cost.deployments import Deployments
 from twin.cost.engines import Engine
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
-from twin.cost.serving import serving_of
+from twin.cost.serving import Serving, serving_of
 from twin.policy.arrivals import named_stream
 from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import Infeasible
@@ -20,6 +21,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
 from twin.spec.workload import Lengths
 from twin.validate.closed_loop import Loop, Worker, run_loop
+from twin.validate.recipes import served_as
 from twin.validate.rows import Question
 from twin.validate.step_times import StepTimes
 
@@ -52,8 +54,8 @@ def _shipped() -> Evidence:
 class Answers:
     """Answers questions; keeps the cost models of pools it has met."""
 
-    def __init__(self, seed: int = 0, profile: Evidence | None = None) -> None:
-        self.seed, self.profile = seed, profile
+    def __init__(self, seed: int = 0, profile: Evidence | None = None, deployments: Deployments | None = None) -> None:
+        self.seed, self.profile, self.deployments = seed, profile, deployments
         self._costs: dict[str, CostModel] = {}
 
     def costs_of(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan,
@@ -63,7 +65,7 @@ class Answers:
                         pool.model_dump_json()))
         if key not in self._costs:
             self._costs[key] = CostModel(model, cluster, plan, pool, profile=self.profile or _shipped(), seed=self.seed,
-                                         engine=engine)
+                                         engine=engine, deployments=self.deployments)
         return self._costs[key]
 
     def answer(self, question: Question) -> Answer:
@@ -73,8 +75,7 @@ class Answers:
         entry: list[Worker] = []
         decode: list[Worker] = []
         costs: list[CostModel] = []
-        gpu = question.cluster.groups[0].gpu
-        serving = serving_of(question.plan.engine, gpu, question.concurrency, isl)
+        serving = serving_for(question)
         for pool in question.plan.pools:
             model = self.costs_of(question.model, question.cluster, question.plan, pool)
             costs.append(model)
@@ -101,6 +102,15 @@ class Answers:
 
         return run_loop(entry, decode, question.concurrency, lengths.__getitem__, handover_s=handover_s,
                         frontend_s=costs[0].site.engine.frontend_s, waves=question.waves, simulated=simulated)
+
+
+def serving_for(question: Question) -> Serving:
+    """How the engine schedules a question's traffic, its recipe's flags included."""
+    users, isl = question.concurrency, means_of(question)[0]
+    serving = serving_of(question.plan.engine, question.cluster.groups[0].gpu, users, isl)
+    if question.recipe is None:
+        return serving
+    return served_as(question.recipe, serving, question.row.count("isl"), users, question.plan.pools[0].mtp_draft_tokens)
 
 
 def room_of(costs: CostModel, notes: list[str]) -> float:

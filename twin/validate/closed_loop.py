@@ -50,6 +50,7 @@ class Worker:
         self.gain = times.costs.tokens_per_step
         self.decoded = 0.0  # tokens that a sequence present from the start would have gained
         self.steps = 0
+        self.patience = serving.balance_steps if times.dp > 1 else serving.wait_steps
         self.held_since = -1  # step at which the first unseen prompt began to wait for other ranks
         self.next_poll = 0
         self.load = 0
@@ -74,16 +75,23 @@ class Worker:
             self.next_poll = self.steps + self.serving.poll_steps
 
     def _together(self) -> bool:
-        """Whether attention-DP ranks begin prompts now: all have one, or the first has waited long enough."""
-        if len(self.ranks) == 1 or not self.serving.balance_steps or len(self.unseen) >= len(self.ranks):
+        """Whether prompts begin now: every attention-DP rank has one or the step would be full enough, or the first has
+        waited long enough."""
+        if not self.patience or self._enough():
             self.held_since = -1
             return True
         if self.held_since < 0:
             self.held_since = self.steps
-        if self.steps - self.held_since < self.serving.balance_steps:
+        if self.steps - self.held_since < self.patience:
             return False
         self.held_since = -1
         return True
+
+    def _enough(self) -> bool:
+        if len(self.ranks) > 1:
+            return len(self.unseen) >= len(self.ranks)
+        tokens = sum(request.isl for request in self.unseen) + len(self.ranks[0].running)
+        return tokens >= self.serving.wait_share * self.serving.budget_tokens
 
     def step(self, now: float, until: float) -> tuple[float, list[Request], list[Request]]:
         """Run one step with prompts, or decode steps until something changes or `until`. Returns when it ended, whose first
@@ -117,6 +125,8 @@ class Worker:
             request = rank.waiting[0]
             need = request.isl - request.done
             if not request.done:
+                if 0 < self.serving.running <= len(rank.running) + len(found):
+                    break
                 if rank.held + request.isl + request.osl > self.room and (rank.running or found):
                     break
                 if not self.serving.chunks and need > left and found:
@@ -140,6 +150,7 @@ class Worker:
         n = [len(rank.running) if mixed else 0 for rank in self.ranks]
         context = [rank.context if mixed else 0.0 for rank in self.ranks]
         now += self.times.ranks_s(n, context, tokens, depth)
+        self.next_poll = self.steps  # SGLang's interval counts decode steps; after prompts it looks at once
         ended = self._advance(1, now) if mixed and any(n) else []
         first = []
         for rank, found in zip(self.ranks, picked, strict=True):
@@ -160,7 +171,7 @@ class Worker:
             return until, [], []
         steps = max(1, int(np.ceil((min(ends) - self.decoded) / self.gain - 1e-9)))
         if self.unseen:
-            look = max(self.next_poll, self.held_since + self.serving.balance_steps if self.held_since >= 0 else 0)
+            look = max(self.next_poll, self.held_since + self.patience if self.held_since >= 0 else 0)
             steps = max(1, min(steps, look - self.steps))
         n = [len(rank.running) for rank in self.ranks]
         none = [0.0] * len(n)

@@ -1,23 +1,113 @@
-"""Deployments that benchmark tables do not tell apart by their columns: runs with multi-token-prediction drafts.
+"""How public benchmark runs were served, as data: what InferenceX's recipes set beside the columns of a table.
 
-InferenceX publishes, for one configuration, runs with and without drafts; the tables keep no column for it. Its recipes
-(configs/nvidia-master.yaml, January to April 2026) pin images and search spaces, and where these differ they tell.
+InferenceX (github.com/SemiAnalysisAI/InferenceX, benchmarks/ and .github/configs/nvidia-master.yaml, October 2025 to April
+2026) pins for each model, GPU and engine an image, a search space and the flags of the server. Tables of its results keep the
+image's version, not the flags; a row is matched with the recipe of its time by version.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from twin.cost.serving import Serving
 
 ACCEPTANCE = 0.7
 """Chance that a draft is accepted given that those before it were."""
 
+_POLL_30 = ((16, 30), (0, 10))  # --scheduler-recv-interval: 30 from 16 users on, else 10
+_DEEPSEEK = "deepseek-(r1|v3$)"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags of one server script. Patterns match from the start of a name; an empty one matches everything.
+
+    budget_tokens: --chunked-prefill-size, --max-num-batched-tokens or --max-num-tokens, 0 for the engine's own; prompts: the
+    budget is that many prompts instead; padded: the budget holds one prompt and all users' tokens, up to the next 64, and no
+    less than budget_tokens. poll: decode steps between looks for new requests, by least users. running: most requests
+    that run at once. wait: TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio. expert_parallel: experts
+    are cut by EP whatever the columns say.
+    """
+
+    engine: str
+    model: str
+    gpu: str = ""
+    experts: str = ""
+    version: str = ""
+    drafts: bool | None = None
+    tp: tuple[int, ...] = ()
+    isl: int = 0
+    osl: int = 0
+    users: int = 0
+    budget_tokens: int = 0
+    prompts: int = 0
+    padded: bool = False
+    poll: tuple[tuple[int, int], ...] = ((0, 1),)
+    running: int = 0
+    wait: tuple[int, float] = (0, 0.0)
+    expert_parallel: bool = False
+
+
+RECIPES = (
+    Recipe("sglang", _DEEPSEEK, "b200", "fp4", budget_tokens=16384, poll=_POLL_30, running=256),
+    Recipe("sglang", _DEEPSEEK, "b200", "fp8", tp=(4,), budget_tokens=8192, poll=((0, 10),), running=32),
+    Recipe("sglang", _DEEPSEEK, "b200", "fp8", drafts=True, budget_tokens=16384, poll=_POLL_30, running=512),
+    Recipe("sglang", _DEEPSEEK, "b200", "fp8", budget_tokens=32768, poll=_POLL_30, running=128),
+    Recipe("sglang", _DEEPSEEK, "h200", isl=1024, osl=1024, budget_tokens=32768, running=512),
+    Recipe("sglang", _DEEPSEEK, "h200", budget_tokens=32768, running=256),
+    Recipe("sglang", "qwen3.5", "b200", "fp4", budget_tokens=16384, poll=((5, 30), (0, 10))),
+    Recipe("sglang", "qwen3.5", "b200", budget_tokens=32768, poll=_POLL_30, running=128),
+    Recipe("sglang", "qwen3.5", "h200", budget_tokens=16384, running=128),
+    Recipe("sglang", "glm-5", "b200", "fp4", budget_tokens=131072),
+    Recipe("sglang", "glm-5", "b200", budget_tokens=32768),
+    Recipe("trtllm", _DEEPSEEK, drafts=True, padded=True),
+    Recipe("trtllm", _DEEPSEEK, version="(1\\.1\\.0|$)", padded=True),  # until 2026-01-21
+    Recipe("trtllm", _DEEPSEEK, "b200", "fp8", isl=1024, osl=1024, users=64, padded=True, budget_tokens=8192, wait=(40, 0.8)),
+    Recipe("trtllm", _DEEPSEEK, padded=True, budget_tokens=8192),
+    Recipe("trtllm", "gpt-oss", budget_tokens=20000),
+    Recipe("trtllm", "llama-3.1-70b", tp=(1, 2, 4), isl=1024, osl=1024, budget_tokens=16384, wait=(20, 0.9)),
+    Recipe("trtllm", "llama-3.1-70b", budget_tokens=16384),
+    Recipe("vllm", "minimax", "b200", prompts=2),
+    Recipe("vllm", "minimax", "h200", expert_parallel=True),
+)
+
+
+def recipe_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str, experts: str, users: int,
+              drafts: int) -> Recipe | None:
+    """The first recipe that a row fits; None where InferenceX published none that differs from the engine's defaults."""
+    for r in RECIPES:
+        names = ((r.engine, texts["backend"]), (r.model, model), (r.gpu, texts["system"]), (r.experts, experts),
+                 (r.version, texts.get("backend_version", "")))
+        sizes = ((r.isl, numbers["isl"]), (r.osl, numbers["osl"]))
+        if (all(re.match(pattern, name) for pattern, name in names)
+                and all(not wanted or wanted == size for wanted, size in sizes)
+                and (r.drafts is None or r.drafts == bool(drafts)) and users >= r.users
+                and (not r.tp or numbers.get("tp_size", 1) in r.tp)):
+            return r
+    return None
+
+
+def served_as(recipe: Recipe, serving: Serving, isl: int, users: int, drafts: int) -> Serving:
+    """The engine's scheduler under a recipe's flags."""
+    budget = recipe.budget_tokens or serving.budget_tokens
+    if recipe.prompts:
+        budget = recipe.prompts * isl
+    if recipe.padded:
+        budget = max(recipe.budget_tokens, -(-((1 + drafts) * users + isl + 64) // 64) * 64)
+    poll = next(steps for least, steps in recipe.poll if users >= least)
+    return replace(serving, budget_tokens=budget, poll_steps=poll, running=recipe.running or serving.running,
+                   wait_steps=recipe.wait[0], wait_share=recipe.wait[1])
+
 
 def drafts_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str) -> int:
-    """Draft tokens a step that the recipe of this row used; 0 where the recipe has none or does not tell.
+    """Draft tokens a step that the recipe of this row used; 0 where the recipe has none or the columns do not tell.
 
-    TensorRT-LLM on B200: image 1.2.0rc6.post3 was used for drafts alone, three of them, one under attention DP.
-    SGLang on B200 in fp8: DeepSeek-R1 at 8k/1k ran without drafts on eight GPUs for 4 users only; Qwen3.5 on four GPUs
-    without expert parallelism ran with drafts only. Two drafts each.
+    Runs with and without drafts share all columns of these tables; images and search spaces tell some apart. TensorRT-LLM on
+    B200: image 1.2.0rc6.post3 was used for drafts alone, three of them, one under attention DP. SGLang on B200 in fp8, two
+    drafts each: DeepSeek-R1 at 8k/1k ran without drafts on eight GPUs for 4 users only, and for up to 64 users at other
+    lengths; Qwen3.5 on four GPUs without expert parallelism ran with drafts only.
     """
     fp8 = texts.get("precision", "") == "fp8"
     if texts["system"] != "b200_sxm":
@@ -27,6 +117,6 @@ def drafts_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str
     if texts["backend"] != "sglang" or not fp8 or not texts.get("backend_version", "").startswith("0.5.9"):
         return 0
     tp, ep = numbers.get("tp_size", 1), numbers.get("moe_ep_size", 1)
-    if model.startswith("deepseek") and tp == 8 and numbers["isl"] == 8192:
-        return 2 if numbers.get("batch_size", 1) > 4 else 0
+    if model.startswith("deepseek") and tp == 8:
+        return 2 if numbers.get("batch_size", 1) > (4 if numbers["isl"] == 8192 else 64) else 0
     return 2 if model.startswith("qwen3.5") and tp == 4 and ep == 1 else 0

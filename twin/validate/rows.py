@@ -22,7 +22,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.parse import read_text
 from twin.spec.plan import Plan, PoolPlan, Role
 from twin.spec.workload import Arrivals, Lengths, WorkloadSpec
-from twin.validate.recipes import ACCEPTANCE, drafts_of
+from twin.validate.recipes import ACCEPTANCE, Recipe, drafts_of, recipe_of
 from twin.validate.words import kv_dtype, model_of, precision_of
 
 MAX_FILE_BYTES = 64 << 20
@@ -84,6 +84,7 @@ class Question:
     measured_ttft_s: float
     measured_tpot_s: float
     waves: int  # requests of a user
+    recipe: Recipe | None = None  # how it was served where that is published
 
     @property
     def groups(self) -> dict[str, str]:
@@ -250,8 +251,13 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
                             isl=_lengths(isl, drawn), osl=_lengths(osl, drawn, _STOP_EARLY.get(engine, 0.0)),
                             requests=_WAVES * concurrency)
     numbers = row.numbers
+    recipe = recipe_of(row.texts, numbers, model.name, precision.experts, concurrency,
+                       pools[0].mtp_draft_tokens) if drawn and len(pools) == 1 else None
+    if recipe is not None and recipe.expert_parallel:
+        pools = (pools[0].model_copy(update={"ep": pools[0].dp * pools[0].tp}),)
+        plan = plan.model_copy(update={"pools": pools})
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
-                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES)
+                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES, recipe)
 
 
 def _lengths(nominal: int, drawn: bool, stop_early: float = 0.0) -> Lengths:

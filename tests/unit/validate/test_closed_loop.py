@@ -63,6 +63,21 @@ def test_seldom_looking_for_requests_delays_them() -> None:
     assert seldom > 2 * always
 
 
+def test_few_may_run_at_once_and_the_others_wait() -> None:
+    free, bound = (loop(Serving(False, True, 8192, 1, running=most), 4) for most in (0, 2))
+    assert bound[0] > free[0] + 0.03, "two of four wait until two have ended"
+
+
+def test_prompts_wait_for_company_while_others_decode() -> None:
+    """Two users out of step: whoever comes back waits 20 steps of 10 ms, unless the step would be full."""
+    def ttft(serving: Serving) -> float:
+        return loop(serving, 2, osl=100, waves=4, spread=20)[0]
+
+    alone, patient = ttft(Serving(True, False, 8192, 1)), ttft(Serving(True, False, 8192, 1, wait_steps=20, wait_share=0.9))
+    assert alone + 0.08 < patient < alone + 0.2
+    assert ttft(Serving(True, False, 8192, 1, wait_steps=20, wait_share=0.1)) == pytest.approx(alone)
+
+
 @pytest.mark.parametrize("users", [2, 12])
 def test_it_agrees_with_the_simulator(users: int) -> None:
     numbers = {"isl": 1024.0, "osl": 128.0, "tp_size": 1.0, "batch_size": float(users)}

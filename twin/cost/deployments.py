@@ -1,0 +1,73 @@
+"""What measured deployments of an engine say beyond its operators and its general constants: two factors each.
+
+Whole-engine measurements differ from the sum of an engine's operators in ways that belong to one model in one format on one
+kind of GPU (which kernels it was built with, what its router loads, what its attention backend does around the kernel). Each
+entry multiplies device time of steps without prompts (`decode`) and with prompts (`prefill`) of the deployments it names;
+a deployment takes the product of all entries that fit it, and those that nothing was measured of take 1. Fitted, shrunk
+towards 1, by `benchmarks/fit_deployments.py`; docs/accuracy.md says on what and how well that carries over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import exp
+from pathlib import Path
+
+from twin.cost.engine_fits import generation
+from twin.cost.engines import Engine
+from twin.spec.cluster import GpuSpec
+from twin.spec.errors import SpecError
+from twin.spec.model import ModelSpec
+from twin.spec.parse import read_text
+from twin.spec.plan import PoolPlan, Precision
+
+SHIPPED = Path(__file__).parent / "profiles" / "deployments.json"
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Deployments:
+    """Log factors (decode, prefill) by key; see `keys_of` for what a key is."""
+
+    log_factors: Mapping[Key, tuple[float, float]]
+
+    def factors(self, keys: tuple[Key, ...]) -> tuple[float, float]:
+        """(decode, prefill) of a deployment, as logs: the sum over the keys that are known."""
+        known = [self.log_factors[key] for key in keys if key in self.log_factors]
+        return sum(d for d, _ in known), sum(p for _, p in known)
+
+
+def keys_of(engine: str, gpu: GpuSpec, model: ModelSpec, precision: Precision, pool: PoolPlan) -> tuple[Key, ...]:
+    """From the general to the particular: the family of models under the engine; in one format on one generation of GPUs;
+    on one GPU, with attention cut (`tp`) or data-parallel (`dp`)."""
+    family = model.model_type
+    words = precision.experts if model.moe is not None else precision.weights
+    kind = gpu.name.split("-")[0]
+    layout = "dp" if pool.dp > 1 else "tp"
+    return ((engine, family), (engine, family, words, generation(gpu)), (engine, family, words, generation(gpu), kind, layout))
+
+
+@lru_cache(maxsize=8)
+def load_deployments(path: Path = SHIPPED) -> Deployments:
+    """Factors from a file. Raises SpecError for one that is not in its format."""
+    text = read_text(path, max_bytes=4 << 20)
+    try:
+        entries = json.loads(text)["entries"]
+        found = {tuple(str(word) for word in e["key"]): (float(e["log_decode"]), float(e["log_prefill"])) for e in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"not a file of deployments: {error}", file=path,
+                        hint='{"entries": [{"key": [engine, family], "log_decode": 0.1, "log_prefill": 0.0}]}') from error
+    return Deployments(found)
+
+
+NONE = Deployments({})
+
+
+def as_deployed(engine: Engine, keys: tuple[Key, ...], deployments: Deployments) -> Engine:
+    """The engine with its slowdowns as such deployments were measured."""
+    decode, prefill = deployments.factors(keys)
+    return replace(engine, decode_slowdown=engine.decode_slowdown * exp(decode),
+                   prefill_slowdown=engine.prefill_slowdown * exp(prefill))
