@@ -278,8 +278,7 @@ class Frontend:
         elif event == "step":
             self._hear_step(self.targets.of_leader(rank), message)
         elif event == "load":
-            target = self.targets.of_leader(rank)
-            target.running, target.waiting, target.kv_usage = message["load"]
+            self.targets.of_leader(rank).hear_load(message["load"])
         elif event == "totals":
             self.totals[rank] = message
         elif event == "eplb":
@@ -298,7 +297,7 @@ class Frontend:
             self._end(flight)
 
     def _hear_step(self, target: Target, message: Message) -> None:
-        target.running, target.waiting, target.kv_usage = message["load"]
+        target.hear_load(message["load"])
         target.steps += 1
         if "drafts" in message:
             target.count_drafts(*message["drafts"])

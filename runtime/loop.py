@@ -22,6 +22,7 @@ from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.clock import Clock
 from runtime.comm.experts import check_peers
 from runtime.comm.group import PeerLost
+from runtime.compiles import compiles
 from runtime.control import Control, Message
 from runtime.eplb import rebalancer
 from runtime.rank import Rank
@@ -313,7 +314,8 @@ class Desk:
 
     def _load(self) -> list[float]:
         scheduler = self.scheduler
-        return [scheduler.num_running, scheduler.num_waiting + len(self._landing) + len(self._asking), self.blocks.usage]
+        waiting = scheduler.num_waiting + len(self._landing) + len(self._asking)
+        return [scheduler.num_running, waiting, self.blocks.usage, len(compiles.late)]
 
     def _add(self, message: Message) -> None:
         try:

@@ -74,6 +74,7 @@ class _EngineCollector(Collector):
                                           labels=labels),
         }
         steps = CounterMetricFamily("eptwin:engine_steps", "Steps of an instance", labels=labels)
+        compiles = CounterMetricFamily("eptwin:compiles_after_start", "Kernels compiled while requests waited", labels=labels)
         drafts = {name: CounterMetricFamily(f"eptwin:spec_decode_num_{name}", text, labels=more) for name, text, more in (
             ("draft_tokens", "Speculated tokens", labels), ("accepted_tokens", "Speculated tokens that were right", labels),
             ("accepted_tokens_per_pos", "Speculated tokens that were right, by place", [*labels, "position"]))}
@@ -82,6 +83,7 @@ class _EngineCollector(Collector):
             for field, gauge in gauges.items():
                 gauge.add_metric(values, getattr(each, field))
             steps.add_metric(values, each.steps)
+            compiles.add_metric(values, each.compiles_after_start)
             drafts["draft_tokens"].add_metric(values, sum(each.drafted))
             drafts["accepted_tokens"].add_metric(values, sum(each.stood))
             for place, stood in enumerate(each.stood):
@@ -89,4 +91,4 @@ class _EngineCollector(Collector):
         moved = CounterMetricFamily("eptwin:kv_transfer_bytes", "KV bytes sent from prefill to decode",
                                     labels=["model_name"])
         moved.add_metric([self._model_name], now.kv_transfer_bytes)
-        return [*gauges.values(), steps, *drafts.values(), moved]
+        return [*gauges.values(), steps, compiles, *drafts.values(), moved]

@@ -25,7 +25,8 @@ class EngineOptions:
     (`runtime.faults`). `record_routing` is a file for expert loads (`runtime.routing_record`). `threads` are torch threads a
     rank (None: the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
-    graphs where one rank is the whole instance.
+    graphs where one rank is the whole instance or its ranks exchange tokens by symmetric memory. `warm_up` takes steps before
+    the first request that compile every kernel (`runtime.warmup`).
     `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
     """
 
@@ -36,10 +37,11 @@ class EngineOptions:
     backend: Literal["torch", "triton"] = "torch"
     weights: Literal["same", "fp8"] = "same"
     graphs: bool = True
+    warm_up: bool = True
     timeout_s: float = 3.0
+    stall_timeout_s: float = 30.0
     recover: bool = False
     faults: str = ""
-    stall_timeout_s: float = 30.0
     record_routing: str | None = None
     start_timeout_s: float = 120.0
     threads: int | None = None
@@ -52,21 +54,21 @@ class EngineOptions:
             raise SpecError("triton kernels need a GPU", field="backend", expected="torch on cpu")
         if not 0 < self.timeout_s <= 3600:
             raise SpecError(f"is {self.timeout_s}", field="timeout_s", expected="0 < timeout_s <= 3600")
-        if self.recover and self.external is not None:
-            raise SpecError("ranks that somebody else started cannot be replaced", field="recover", expected="false")
         if not 0 < self.stall_timeout_s <= 3600:
             raise SpecError(f"is {self.stall_timeout_s}", field="stall_timeout_s", expected="0 < stall_timeout_s <= 3600")
+        if self.recover and self.external is not None:
+            raise SpecError("ranks that somebody else started cannot be replaced", field="recover", expected="false")
         parse(self.faults)
         if self.record_routing is not None and Path(self.record_routing).suffix not in (".csv", ".json"):
             raise SpecError(f"is {self.record_routing}", field="record_routing", expected="a file that ends with .csv or .json")
 
     @property
-    def patience_s(self) -> float:
-    @property
     def stall_s(self) -> float:
         """How long a rank may make no progress."""
         return max(self.stall_timeout_s, self.timeout_s)
 
+    @property
+    def patience_s(self) -> float:
         """How long a collective waits. Who is lost, heart beats and progress tell before."""
         return max(60.0, 2 * self.stall_s)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from runtime.comm.experts import ExpertComm, graph_rows, make_expert_comm
 from runtime.comm.group import Group, make_group, solo
+from runtime.compiles import compiles
 from runtime.kv import kv_shape, make_kv
 from runtime.layout import RankLayout, layouts
 from runtime.model.mtp import Mtp
@@ -23,6 +24,7 @@ from runtime.ops import ops_for
 from runtime.options import EngineOptions
 from runtime.quantise import quantise
 from runtime.speculate import uses_mtp
+from runtime.warmup import warm_up
 from runtime.weights import Kept, load_weights
 from twin.policy import placement as policy
 from twin.spec.errors import SpecError
@@ -52,7 +54,7 @@ class Groups:
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
     steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
-    `kv` as its cache."""
+    `kv` as its cache; `warmed` says what `runtime.warmup` did."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -69,6 +71,7 @@ class Rank:
     placement: list[list[int]] | None = None
     decode: DecodeRunner | None = None
     mtp: Mtp | None = None
+    warmed: dict[str, float] | None = None
 
     def keep(self) -> Kept | None:
         """Its weights for another formation; None where they are not as they were loaded (fp8)."""
@@ -87,6 +90,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     `kept` are weights from a former formation: what is needed again is not loaded again.
     Raises SpecError when weights are not as they should be or nothing is left for the cache.
     """
+    compiles.starting()
     everyone = layouts(plan, model)
     at = everyone[rank]
     pool = plan.pools[at.pool]
@@ -114,14 +118,21 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
     decode = None
     rows = graph_rows(experts, pool.max_num_seqs * (1 + pool.mtp_draft_tokens)) if at.tp == 1 else 0
+    if options.backend == "triton":
+        compiles.listen()
     if device.type == "cuda" and options.backend == "triton" and options.graphs and rows:
         from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
 
         mark("capture")
         decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows)
         decode.capture()  # on all ranks of the instance at once, size by size
-    return Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
-                placement, decode, Mtp(transformer, params, placement) if mtp else None)
+    built = Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
+                 placement, decode, Mtp(transformer, params, placement) if mtp else None)
+    if device.type == "cuda" and options.backend == "triton" and options.warm_up:
+        mark("warm-up")
+        built = replace(built, warmed=warm_up(built))
+    compiles.started()
+    return built
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:

@@ -30,9 +30,15 @@ class Target:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    compiles_after_start: int = 0
     steps: int = 0
     drafted: list[int] = field(default_factory=list)
     stood: list[int] = field(default_factory=list)
+
+    def hear_load(self, load: list[float]) -> None:
+        """What its leader says of itself."""
+        running, waiting, self.kv_usage, compiled = load
+        self.running, self.waiting, self.compiles_after_start = int(running), int(waiting), int(compiled)
 
     def count_drafts(self, drafted: list[int], stood: list[int]) -> None:
         """Add a step's drafts by place: how many there were and how many stood."""
@@ -92,5 +98,6 @@ class Targets:
             groups.setdefault((target.pool, target.instance), []).append(target)
         return tuple(InstanceStats(pool, group[0].plan.role, instance, sum(t.running for t in group),
                                    sum(t.waiting for t in group), max(t.kv_usage for t in group), max(t.steps for t in group),
-                                   tuple(add_places([t.drafted for t in group])), tuple(add_places([t.stood for t in group])))
+                                   tuple(add_places([t.drafted for t in group])), tuple(add_places([t.stood for t in group])),
+                                   sum(t.compiles_after_start for t in group))
                      for (pool, instance), group in groups.items())

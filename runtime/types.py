@@ -63,7 +63,8 @@ class TokenEvent:
 @dataclass(frozen=True)
 class InstanceStats:
     """One instance, summed over its DP ranks. `kv_usage` is the used fraction of the fullest DP rank's blocks; `drafted` and
-    `stood` count speculated tokens by place, and those that were right."""
+    `stood` count speculated tokens by place, and those that were right; `compiles_after_start` counts kernels that requests
+    waited for."""
 
     pool: int
     role: str
@@ -74,6 +75,7 @@ class InstanceStats:
     steps: int
     drafted: tuple[int, ...] = ()
     stood: tuple[int, ...] = ()
+    compiles_after_start: int = 0
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _segment(rows, segment, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
     return segment * share, tl.minimum(segment * share + share, rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _count_kernel(
     ids, map_, counts, rows, map_size, HAS_MAP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -105,7 +105,7 @@ def _count_kernel(
     tl.store(counts + expert * SEGMENTS + segment, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _align_kernel(
     ids, map_, counts, sorted_rows, expert_ids, num_padded, ends, rows, map_size, num_experts,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MAP: tl.constexpr, COUNTED: tl.constexpr,

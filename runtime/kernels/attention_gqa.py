@@ -78,7 +78,7 @@ def gqa_decode(
     return out_BHD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _gqa_kernel(
     q, cache, block_table, seq_lens, sinks, parts, lse, table_stride, splits, window, scale_log2, v_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,

@@ -93,7 +93,7 @@ def _hopper(q_BHD: torch.Tensor, cache: torch.Tensor, latent: int) -> Callable[.
     return attention_mla_hopper.launch if attention_mla_hopper.fits(q_BHD, cache, latent) else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _mla_kernel(
     q, cache, block_table, seq_lens, parts, lse, table_stride, heads, splits, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -126,7 +126,7 @@ def _attend(lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty,
     gl.store(parts + out, value.to(parts.dtype.element_ty))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride", "splits"])
 def _kernel(
     q_latent, q_rope, latent_desc, rope_desc, block_table, seq_lens, parts, lse, table_stride, heads, splits, scale_log2,
     BLOCK_TOKENS: gl.constexpr, GROUPS: gl.constexpr,

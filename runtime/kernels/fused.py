@@ -144,7 +144,7 @@ def _quant_kernel(x, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: 
     quantise_row(value, out, scale, row, width, column, column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _half_kernel(x, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)

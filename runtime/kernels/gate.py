@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.kernels.skinny import Cut, launch_options, wait_for_forerunner
+
 _FEW_TOKENS = 512
 """Up to here small tiles of our own beat a library's product that is split along its depth and summed afterwards."""
 _DEPTH = 256
@@ -75,7 +77,52 @@ def gate_topk(
     return weights, ids
 
 
-@triton.jit
+def norm_gate_topk(
+    x_TH: torch.Tensor,
+    gain_H: torch.Tensor,
+    eps: float,
+    weight_EH: torch.Tensor,
+    k: int,
+    cut: Cut,
+    arrived: torch.Tensor,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    logit_bias_E: torch.Tensor | None = None,
+    bias_E: torch.Tensor | None = None,
+    groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "top2",
+    slots_T: torch.Tensor | None = None,
+    load_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(RMS norm of x [T, H], weights_TK, ids_TK) in one launch, for a few tokens: `router_logits` of the norm, then `gate_topk`.
+
+    `arrived` int32, zero for each token, counts a token's programs and is left zero; `cut.n` experts are a program's.
+    """
+    tokens, hidden = x_TH.shape
+    experts = weight_EH.shape[0]
+    assert tokens <= arrived.numel() and x_TH.is_contiguous() and weight_EH.is_contiguous()
+    assert scoring in ("softmax", "sigmoid") and group_score in ("top2", "max") and experts % groups == 0
+    new = lambda columns, dtype: torch.empty(tokens, columns, dtype=dtype, device=x_TH.device)  # noqa: E731
+    normed, logits = new(hidden, x_TH.dtype), new(experts, torch.float32)
+    weights, ids = new(k, torch.float32), new(k, torch.int32)
+    each = experts // groups
+    _norm_gate_kernel[(triton.cdiv(experts, cut.n), tokens)](
+        x_TH, gain_H, weight_EH, logit_bias_E if logit_bias_E is not None else logits, logits, arrived, normed,
+        bias_E if bias_E is not None else logits, weights, ids, slots_T if slots_T is not None else ids,
+        load_E if load_E is not None else ids, eps, experts, scale,
+        HIDDEN=hidden, HAS_LOGIT_BIAS=logit_bias_E is not None, HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
+        K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
+        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2", PDL=cut.pdl,
+        BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), BLOCK_N=cut.n,
+        BLOCK_H=triton.next_power_of_2(hidden), num_warps=cut.warps, **launch_options(cut),
+    )  # fmt: skip
+    return normed, weights, ids
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _logits_kernel(x, w, out, tokens, experts, hidden, EACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -109,21 +156,21 @@ def _allowed_groups(choice, group, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constex
 
 
 @triton.jit
-def _gate_kernel(
-    logits, bias, weights, ids, slots, load, experts, scale,
-    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, PARTS: tl.constexpr,
-    K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
+def _grid(GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Numbers of the experts by group, and which of them there are."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
+    return group[:, None] * EACH + column[None, :], (group < GROUPS)[:, None] & (column < EACH)[None, :]
+
+
+@triton.jit
+def _pick(
+    logit, real, expert, token, real_token, bias, weights, ids, load, scale,
+    HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    real_token = tl.load(slots + token) >= 0 if HAS_SLOTS else True
-    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
-    expert = group[:, None] * EACH + column[None, :]
-    real = (group < GROUPS)[:, None] & (column < EACH)[None, :]
-    logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf")).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        logit += tl.load(logits + (part * tl.num_programs(0) + token) * experts + expert, mask=real, other=0.0)
+    """Choose for one token, from `logit` [groups, experts of a group], -inf where not `real`."""
+    group = tl.arange(0, BLOCK_G)
     if SIGMOID:
         score = tl.sigmoid(logit)
     else:
@@ -151,3 +198,57 @@ def _gate_kernel(
         choice = tl.where(hit, float("-inf"), choice)
     share = scale / tl.maximum(total, 1e-20) if RENORMALIZE else scale
     tl.store(weights + token * K + rank, score * share, mask=rank >= 0)
+
+
+@triton.jit
+def _gate_kernel(
+    logits, bias, weights, ids, slots, load, experts, scale,
+    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    real_token = tl.load(slots + token) >= 0 if HAS_SLOTS else True
+    expert, real = _grid(GROUPS, EACH, BLOCK_G, BLOCK_E)
+    logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf")).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        logit += tl.load(logits + (part * tl.num_programs(0) + token) * experts + expert, mask=real, other=0.0)
+    _pick(
+        logit, real, expert, token, real_token, bias, weights, ids, load, scale,
+        HAS_LOAD, K, SIGMOID, RENORMALIZE, HAS_BIAS, GROUPS, TOPK_GROUPS, EACH, TOP2, BLOCK_G, BLOCK_E,
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_gate_kernel(
+    x, gain, w, logit_bias, logits, arrived, normed, bias, weights, ids, slots, load, eps, experts, scale,
+    HIDDEN: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Program (p, t) gives token t's logits of BLOCK_N experts; the last of a token's programs chooses."""
+    part, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, h = part * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
+    tile = tl.load(w + n[:, None] * HIDDEN + h[None, :], mask=(n < experts)[:, None] & (h < HIDDEN)[None, :], other=0.0)
+    wait_for_forerunner(PDL)
+    a = tl.load(x + token * HIDDEN + h, mask=h < HIDDEN, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(a * a) / HIDDEN + eps)
+    row = (a * inverse * tl.load(gain + h, mask=h < HIDDEN, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
+    if part == 0:
+        tl.store(normed + token * HIDDEN + h, row, mask=h < HIDDEN)
+    part_logit = tl.sum(tile.to(tl.float32) * row.to(tl.float32)[None, :], 1)
+    if HAS_LOGIT_BIAS:
+        part_logit += tl.load(logit_bias + n, mask=n < experts, other=0.0).to(tl.float32)
+    tl.store(logits + token * experts + n, part_logit, mask=n < experts)
+    tl.debug_barrier()  # all lanes have stored before the program says so
+    if tl.atomic_add(arrived + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(arrived + token, 0)  # as the next layer wants it
+        expert, real = _grid(GROUPS, EACH, BLOCK_G, BLOCK_E)
+        logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
+        real_token = tl.load(slots + token) >= 0 if HAS_SLOTS else True
+        _pick(
+            logit, real, expert, token, real_token, bias, weights, ids, load, scale,
+            HAS_LOAD, K, SIGMOID, RENORMALIZE, HAS_BIAS, GROUPS, TOPK_GROUPS, EACH, TOP2, BLOCK_G, BLOCK_E,
+        )  # fmt: skip

@@ -269,7 +269,7 @@ def _tile_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
     x, w13, h, sorted_rows, expert_ids, num_padded, scale, bias, a_scale, rows, experts, hidden, width, alpha, limit,
     CHOICES: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -310,7 +310,7 @@ def _up_kernel(
     tl.store(out, value.to(h.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _down_kernel(
     h, w2, y, sorted_rows, expert_ids, num_padded, weights, scale, bias, a_scale, rows, experts, width, hidden,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A_SCALE: tl.constexpr, DIRECT: tl.constexpr,

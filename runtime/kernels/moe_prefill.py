@@ -90,7 +90,7 @@ def weighted_sum(y_NH: torch.Tensor, place: torch.Tensor, weights_TK: torch.Tens
     return out_TH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _inverse_kernel(sorted_rows, num_used, place, rows, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = at < tl.load(num_used)

@@ -41,7 +41,7 @@ def merge(parts_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(parts, lse, out, splits, dim, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)

@@ -29,7 +29,7 @@ def feed_back(tokens_B: torch.Tensor, ids_B: torch.Tensor, seq_lens_B: torch.Ten
     _feed_kernel[(triton.cdiv(batch, block),)](tokens_B, ids_B, seq_lens_B, batch, BLOCK=block, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "stride"])
 def _place_kernel(
     lens, tables, positions, slots, batch, stride, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -43,7 +43,7 @@ def _place_kernel(
     tl.store(slots + row, tl.where(real, block * BLOCK_TOKENS + at % BLOCK_TOKENS, -1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _feed_kernel(tokens, ids, lens, batch, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < batch
