@@ -266,7 +266,7 @@ class Interpolator:
 
 def launch_s(table: Table) -> float:
     """The launch latency of a table: its smallest seconds."""
-    return min(s for row in table.seconds for s in row if s is not None)
+    return table.least_s
 
 
 def log_ratio(table: Table, sheet: int, peaks: GpuPeaks, launch: float | None = None) -> Array:
@@ -316,7 +316,7 @@ def nearest_sheets(table: Table, fixed: Mapping[str, float]) -> tuple[tuple[tupl
     if not table.shape:
         return ((0, 1.0),), 0.0
     known = [(i, name) for i, name in enumerate(table.shape) if name in fixed]
-    have = np.log2(np.array([[max(s[i], 1e-3) for i, _ in known] for s in table.sheets]).reshape(len(table.sheets), -1))
+    have = table.log_sheets if len(known) == len(table.shape) else table.log_sheets[:, [i for i, _ in known]]
     want = np.log2(np.array([max(fixed[name], 1e-3) for _, name in known]))
     weights = np.array([_WEIGHT.get(name, 1.0) for _, name in known])
     away = np.minimum(np.abs(have - want), 8.0) @ weights

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,6 +133,16 @@ class Table(Spec):
         if any(all(s is None for s in row) for row in self.seconds):
             raise ValueError("a sheet without any measured point")
         return self
+
+    @cached_property
+    def log_sheets(self) -> Array:
+        """log2 of the sheets' numbers [sheets, names]."""
+        return np.asarray(np.log2(np.maximum(np.array(self.sheets, dtype=float).reshape(len(self.sheets), -1), 1e-3)))
+
+    @cached_property
+    def least_s(self) -> float:
+        """The smallest seconds: about what a launch takes."""
+        return min(s for row in self.seconds for s in row if s is not None)
 
     def grid(self, sheet: int) -> Array:
         """Seconds of one sheet, shaped as the axes are; nan where nothing was measured."""
