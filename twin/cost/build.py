@@ -29,6 +29,8 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import PoolPlan, Precision
 from twin.spec.scenario import Routing
 
+_INTRICATE = 3  # times the small kernels of a plain attention block
+
 
 @dataclass(frozen=True)
 class Site:
@@ -54,6 +56,11 @@ class Site:
         """Whether tokens travel to experts. Under TP alone all ranks hold all tokens: engines that keep them so sum the
         experts' partial results in the all-reduce instead."""
         return self.pool.dp > 1 or (self.pool.ep > 1 and not self.engine.tp_reduces_experts)
+
+    @property
+    def wide(self) -> bool:
+        """Whether DP ranks exchange tokens through DeepEP, across nodes or inside one."""
+        return self.pool.dp > 1 and self.protocol.name.startswith("deepep")
 
     @property
     def launch_s(self) -> float:
@@ -133,13 +140,18 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         ops.append(gemm("mtp/projection", s, 2 * model.hidden, model.hidden / site.pool.tp, 1))
     table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
     counts = table.launch_counts
+    if site.wide and site.engine.name != OUR_ENGINE:  # what fits of one-node deployments hold for others, DeepEP's pay here
+        ops.append(Op("small", "elementwise", s.core_dtype, launches=round(helper_launches(model, site.engine) / model.layers),
+                      layers=model.layers))
+        table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
     measured: list[Measured] = []
     if site.profile is not None:
         ops, small = split_small(ops, s, site.profile) if site.engine.name == OUR_ENGINE else (ops, None)
         table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
         attention, tp = model.attention, site.pool.tp
         ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
-                  0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module")
+                  0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module",
+                  site.engine.products_scale if site.wide else 1.0)
         left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
         measured = [scaled(own, site.engine) for own in (*measured, *([small] if small is not None else []))]
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
@@ -148,8 +160,32 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
                                  routed=site.exchanges_tokens and site.pool.ep > 1)
     slower = np.log(site.engine.collectives_scale)
     collectives = [replace(one, log_s=one.log_s + slower) for one in collectives]
+    last = typical_max(site.pool.world) if shared.exchanges else 0.0
+    share = site.engine.late_share * last / max(len(shared.exchanges), 1) if site.wide else 0.0
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
-                 site.engine.late_s * typical_max(site.pool.world), site.pool.dp)
+                 site.engine.late_s * last, share, site.pool.dp, model.layers, output_share(model))
+
+
+def helper_launches(model: ModelSpec, engine: Engine) -> float:
+    """Small kernels of a pass that the operator table folds into others. Latent and linear attention split, join, copy and
+    quantise several times what plain attention does."""
+    linear = model.layer_attention.count("linear")
+    layers = (model.layers - linear) * (1 if model.attention.kind == "gqa" else _INTRICATE) + linear * _INTRICATE
+    return float(engine.helper_launches * layers)
+
+
+def output_share(model: ModelSpec) -> float:
+    """The part of the attention projections' work that comes after attention."""
+    a = model.attention
+    after = a.heads * a.v_head_dim * model.hidden
+    if a.kind == "mla":
+        assert a.kv_lora_rank and a.qk_nope_head_dim and a.qk_rope_head_dim
+        q_in = a.q_lora_rank or model.hidden
+        before = model.hidden * ((a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim)
+        before += q_in * a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+    else:
+        before = model.hidden * (a.heads * a.head_dim + a.kv_heads * (a.head_dim + a.v_head_dim))
+    return after / (after + before)
 
 
 def scaled(own: Measured, engine: Engine) -> Measured:
@@ -214,7 +250,7 @@ def exchanges(site: Site) -> tuple[Exchange | None, Exchange | None]:
     found = crossings(site)
     loads = loads_of(found[0].protocol, found[0].reach, site.network, site.gpus_R, found[0].senders_Rd) if found else None
     made = [compile_exchange(c.protocol, c.phase, c.reach, site.network, site.gpus_R, c.senders_Rd, c.token_bytes, loads=loads,
-                             backwards=c.backwards) for c in found]
+                             backwards=c.backwards, hbm_bytes_per_s=site.gpu.hbm_bytes_per_s) for c in found]
     return (made[0], made[1]) if made else (None, None)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from twin.cost.batch import Array
 from twin.cost.network import Flow, Ints, Network
-from twin.cost.protocols import KV_BASE_S, KV_EFFICIENCY, Phase, Protocol
+from twin.cost.protocols import CAPPED_AT_BYTES_PER_S, KV_BASE_S, KV_GATHER_BYTES_PER_S, KV_LINK, Phase, Protocol
 from twin.spec.base import Source
 
 
@@ -40,6 +40,7 @@ class Exchange:
     rdma: tuple[Array, Array]
     fixed_s: float
     source: Source
+    local_s: float = 0.0  # a token: packing and unpacking by the rank's own SMs, part of the phase
 
     @cached_property
     def _even(self) -> tuple[float, float]:
@@ -119,7 +120,8 @@ def loads_of(protocol: Protocol, reach: Reach, network: Network, gpus: Ints, sen
 
 
 def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Network, gpus: Ints, senders_Rd: Array,
-                     token_bytes: float, *, backwards: bool, loads: Loads | None = None) -> Exchange:
+                     token_bytes: float, *, backwards: bool, hbm_bytes_per_s: float = np.inf,
+                     loads: Loads | None = None) -> Exchange:
     """Compile one phase; `loads` are those of the same dispatch where they are known (combine is dispatch backwards)."""
     loads = loads or loads_of(protocol, reach, network, gpus, senders_Rd)
     on_nvlink, latency_s = network.nvlink_links, loads.latency_s
@@ -128,15 +130,19 @@ def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Ne
     remote = bool(far.any())
     rate = link_rates(phase, network, forwards=loads.legs > 1 and remote)
     token_s = token_bytes * np.where(on_nvlink | (loads.legs == 1), reach.skew, reach.skew_rail) / rate
-    fixed_s = (phase.base_s + latency_s + (phase.remote_s if remote else 0.0)) if remote or near.any() else 0.0
+    row_s = token_bytes / phase.row_bytes_per_s
+    fixed_s = (phase.base_s + row_s + latency_s + (phase.remote_s if remote else 0.0)) if remote or near.any() else 0.0
+    copies = float(reach.copies.sum()) * senders_Rd.sum(axis=0).max()
+    local_s = copies * token_bytes / (hbm_bytes_per_s * phase.local) if phase.local else 0.0
     near *= token_s[on_nvlink, None]
     far *= token_s[~on_nvlink, None]
-    return Exchange(_largest(near), _largest(far), fixed_s, protocol.source)
+    return Exchange(_largest(near), _largest(far), fixed_s, protocol.source, local_s)
 
 
 def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
     """Bytes/s that a phase gets out of each link: `forwards` when what comes over the NIC goes on over NVLink."""
-    nvlink_rate = np.minimum(network.capacity * phase.nvlink, phase.forward_cap if forwards else phase.nvlink_cap)
+    faster = np.maximum(network.capacity / CAPPED_AT_BYTES_PER_S, 1.0)
+    nvlink_rate = np.minimum(network.capacity * phase.nvlink, faster * (phase.forward_cap if forwards else phase.nvlink_cap))
     return np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
 
 
@@ -169,8 +175,9 @@ def _largest(seconds: Array) -> tuple[Array, Array]:
 
 def kv_transfer_s(network: Network, sources: Sequence[int], destinations: Sequence[int], n_bytes: float) -> float:
     """Seconds to hand `n_bytes` from the GPUs of one rank to those of another, alone on the network: cut evenly over the
-    wider side's GPUs, at the part of link rate that transfer engines reach, plus what each hand-over costs at least."""
+    wider side's GPUs, each gathering its blocks and sending them over its link, plus what each hand-over costs at least."""
     pairs = max(len(sources), len(destinations))
     flows = [Flow(sources[i * len(sources) // pairs], destinations[i * len(destinations) // pairs],
-                  n_bytes / pairs / KV_EFFICIENCY) for i in range(pairs)]
-    return KV_BASE_S + float(network.finish_s(flows).max())
+                  n_bytes / pairs / KV_LINK) for i in range(pairs)]
+    gather_s = n_bytes / min(len(sources), len(destinations)) / KV_GATHER_BYTES_PER_S
+    return KV_BASE_S + gather_s + float(network.finish_s(flows).max())

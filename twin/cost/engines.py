@@ -21,21 +21,23 @@ from twin.spec.plan import CommBackend
 class Engine:
     """One engine's habits.
 
-    step_host_s, seq_host_s: host seconds of a step that the GPU waits for, fixed and per running sequence;
-    graph_launch_s, eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one
-    without; helper_launches: small kernels a layer (rotary, casts, indices) that the operator table folds into others;
-    graph_sizes: batch sizes that graphs exist for (decode is padded up to the next), none where they follow the pool's most
-    rows (`graphs`);
-    reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top
-    (symmetric heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
-    shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed
-    in the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while
-    the other half batch communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks
-    arrive at an exchange, which all wait for the last of; mla_prefill: which rows of a profile describe its
-    latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
-    frontend_s: what a request spends outside any step until its first token leaves (HTTP, tokenizer, queues);
-    prefill_slowdown: device time of a step with prompts over the sum of its operators; *_scale: what dense products, attention,
-    experts and collectives take in the engine over what their profile says (other versions, inputs quantised elsewhere).
+    step_host_s, seq_host_s: host seconds of a step that the GPU waits for, fixed and per running sequence; graph_launch_s,
+    eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one without; helper_launches:
+    small kernels a layer (rotary, casts, indices) that the operator table folds into others; graph_sizes: batch sizes that
+    graphs exist for (decode is padded up to the next), none where they follow the pool's most rows (`graphs`);
+    reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top (symmetric
+    heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
+    shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed in
+    the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while the other half batch
+    communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks arrive at an exchange, which
+    all wait for the last of, late_share the same as part of what each computes (clocks and loads differ); tbo_staggered:
+    halves of a decode step run two stages apart (`overlap.py`); mla_prefill: which rows of a profile describe its latent
+    attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
+    draft_seq_host_s: more host seconds per running sequence of a step that verifies drafts, where the engine's scheduler does
+    not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
+    tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
+    sum of its operators; *_scale: what dense products, attention, experts and collectives take in the engine over what their
+    profile says (other versions, inputs quantised elsewhere).
     """
 
     name: str
@@ -60,15 +62,22 @@ class Engine:
     source: Source = "assumed"
     note: str = ""
     frontend_s: float = 0.02
+    draft_seq_host_s: float = 0.0
     prefill_slowdown: float = 1.0
+    decode_slowdown: float = 1.0
     products_scale: float = 1.0
     attention_scale: float = 1.0
     experts_scale: float = 1.0
     collectives_scale: float = 1.0
+    late_share: float = 0.0
+    tbo_staggered: bool = False
 
-    def graphs(self, most: int) -> tuple[int, ...]:
-        """Batch sizes that graphs exist for in a pool that decodes at most so many rows a step."""
-        return self.graph_sizes or ladder(most)
+    def graphs(self, most: int, drafts: int) -> tuple[int, ...]:
+        """Rows that graphs exist for in a pool that decodes at most `most` sequences of 1 + `drafts` rows a step. SGLang and
+        TensorRT-LLM count sequences when they capture, vLLM rows."""
+        if not self.graph_sizes:
+            return ladder(most * (1 + drafts))
+        return self.graph_sizes if self.name == "vllm" else tuple(size * (1 + drafts) for size in self.graph_sizes)
 
 
 def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:
@@ -102,7 +111,8 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            comm_nvlink="deepep_normal", comm_prefill="deepep_normal", comm_decode="deepep_low_latency",
            tbo_compute_slowdown=1.05, late_s=25e-6, mla_prefill="module",
            note="overlap scheduler; late_s and slowdown from layer times on 96 H100: exchanges take 0.13 ms "
-                "a layer longer than alone"),
+                "a layer longer than alone; draft_seq_host_s from runs with and without drafts on 8 B200",
+           draft_seq_host_s=0.10e-3, tbo_staggered=True),
     Engine("trtllm", step_host_s=0.5e-3, seq_host_s=2e-6, graph_launch_s=1.5e-6, eager_launch_s=5e-6, helper_launches=4,
            graph_sizes=_TRTLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=4 * _GIB, ep_reserved_bytes=4e9,
            activation_factor=24.0, shared_overlap=True, tp_reduces_experts=True,
@@ -118,3 +128,19 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
         raise SpecError(f"unknown engine {name[:40]!r}", field="plan.engine", expected=", ".join(ENGINES))
     fitted = FITS.get((name, generation(gpu)), {}) if gpu is not None else {}
     return replace(ENGINES[name], **fitted)  # type: ignore[arg-type]
+
+
+# How ranks of DeepEP pools wait for one another: on 96 H100 under SGLang exchanges take 0.1 ms a layer longer in decode than
+# alone, and even loads leave bubbles of 3 to 7% in prefill (LMSYS, 2025-05).
+_WIDE_LATE_S, _WIDE_LATE_SHARE = 8e-6, 0.02
+# Kernels beside another half batch's exchanges, their missing SMs apart: a layer's take 1.22 to 1.36 times as long there in
+# prefill, where 108 of 132 SMs alone would be 1.22 (the same layer times).
+_WIDE_TBO_SLOWDOWN = 1.10
+
+
+def wide_engine_of(name: str, gpu: GpuSpec) -> Engine:
+    """The engine of a pool that exchanges tokens through DeepEP: its own, with fitted dense products (the same kernels run
+    whatever the experts do) and nothing else of the fits inside one node."""
+    fitted = FITS.get((name, generation(gpu)), {})
+    return replace(engine_of(name), products_scale=fitted.get("products_scale", 1.0), late_s=_WIDE_LATE_S,
+                   late_share=_WIDE_LATE_SHARE, tbo_compute_slowdown=_WIDE_TBO_SLOWDOWN)

@@ -120,8 +120,8 @@ class Surface:
         if not seqs.any():
             return np.zeros(seqs.shape)
         each = _read_two(self.log_s, seqs, x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
-        if self.drafts:  # tables have one query a sequence; more of them reuse the keys that were read, and add arithmetic
-            each = each + x @ self.bounds[0] * (self.drafts / (1 + self.drafts) / self.op.layers)
+        if self.drafts:  # tables have one query a sequence; more of them share the keys that are read beside the arithmetic
+            each = np.maximum(each, x @ self.bounds[0] * self.share / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (seqs > 0))
 
     def _bound(self, x: Array) -> Array:
@@ -138,7 +138,7 @@ class Surface:
         each = _read_two(self.log_s, chunks, length)
         if self.log_products is not None:
             products = _read(self.log_products, np.maximum(chunks, 1.0) * length)
-            each = np.maximum(each - products, self._bound(x) / self.op.layers)
+            each = np.maximum(each - products, self._bound(x) * self.share / self.op.layers)  # the bound knows the share
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
 
 
@@ -158,6 +158,7 @@ class Ask:
     drafts: int
     share: float
     module: bool
+    products_scale: float = 1.0  # what the engine's products take over their table: those inside a module's rows too
 
 
 def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Array]) -> tuple[list[Op], list[Measured]]:
@@ -226,7 +227,7 @@ def _products(ops: Sequence[Op], ask: Ask) -> Array:
     for op in ops:
         if op.key in ("attention/projections", "attention/kv_up") and op.matrix is not None:
             curve = ask.profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
-            total += curve.many(ROWS) if curve is not None else 0.0
+            total += curve.many(ROWS) * ask.products_scale if curve is not None else 0.0
     return np.asarray(np.log(np.maximum(total, 1e-12)))
 
 

@@ -14,16 +14,28 @@ import numpy as np
 import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array, Extents, StepBatch, StepCost, features
-from twin.cost.build import Shared, Site, build_shared, build_stack, draft_model, expert_layout, gpus_of, resolve_protocol
+from twin.cost.build import (
+    Shared,
+    Site,
+    build_shared,
+    build_stack,
+    draft_model,
+    expert_layout,
+    gpus_of,
+    helper_launches,
+    resolve_protocol,
+)
 from twin.cost.comm import Exchange
 from twin.cost.defaults import default_efficiency
-from twin.cost.engines import Engine, engine_of
+from twin.cost.deployments import Deployments, as_deployed, keys_of, load_deployments
+from twin.cost.engines import Engine, engine_of, wide_engine_of
 from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network, network_of
-from twin.cost.stack import Stack, Streams
+from twin.cost.overlap import Half, overlapped_s, shown_s
+from twin.cost.stack import Stack
 from twin.policy.placement import Placement
 from twin.spec.base import Source
 from twin.spec.cluster import ClusterSpec
@@ -34,7 +46,6 @@ from twin.spec.results import Memory
 from twin.spec.scenario import Routing
 
 _CPU_RESERVED_BYTES = 300e6
-_INTRICATE = 3  # times the small kernels of a plain attention block
 _UNMEASURED: dict[str, Source] = {"host": "assumed", "engine": "calibrated"}
 _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
 
@@ -50,7 +61,8 @@ class CostModel:
 
     def __init__(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan, *, routing: Routing | None = None,
                  profile: Evidence | Interpolator | None = None, seed: int = 0, network: Network | None = None,
-                 first_gpu: int = 0, engine: Engine | None = None, alone: bool = False) -> None:
+                 first_gpu: int = 0, engine: Engine | None = None, alone: bool = False,
+                 deployments: Deployments | None = None) -> None:
         self.model, self.cluster, self.plan, self.pool = model, cluster, plan, pool
         self.network = network or network_of(cluster)
         try:
@@ -65,8 +77,10 @@ class CostModel:
         domains = len(np.unique(self.network.domain_of[gpus]))
         protocol = resolve_protocol(pool, engine, group.gpu, domains == 1)
         wide = pool.dp > 1 and protocol.name.startswith("deepep")
-        if stated is None and not wide:  # fits are of deployments inside one node; what DeepEP's differ in is in `engines.py`
-            engine = engine_of(plan.engine, group.gpu)
+        if stated is None:  # fits are of deployments inside one node; what DeepEP's differ in is in `engines.py`
+            engine = wide_engine_of(plan.engine, group.gpu) if wide else as_deployed(
+                engine_of(plan.engine, group.gpu), keys_of(plan.engine, group.gpu, model, plan.precision, pool),
+                deployments or load_deployments())
         shares = placement = None
         if model.moe is not None:
             shares, placement = expert_layout(model, pool, routing or Routing(), domains, seed)
@@ -74,7 +88,7 @@ class CostModel:
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
                          protocol, shares, placement, interpolator, alone)
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
-        self._graph_sizes = np.array(engine.graphs(pool.max_num_seqs * (1 + pool.mtp_draft_tokens)), dtype=float)
+        self._graph_sizes = np.array(engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
         self._memory: Memory | None = None
 
     # --- compiled stacks, built when first asked for
@@ -120,7 +134,7 @@ class CostModel:
         stack = self._stack_beside_comm if tbo else self._stack
         parts = dict(stack.parts(_halved(x)[0] if tbo else x[0]))
         if tbo:
-            parts = self._two_halves(parts, stack.streams(_halved(x)))
+            parts = self._two_halves(parts, stack.half(_halved(x)), x)
         elif self.site.engine.shared_overlap and stack.exchanges:
             parts["overlap/shared_experts"] = -float(np.minimum(stack.shared_s(x), stack.streams(x).comm)[0])
         if self._drafts is not None:
@@ -166,14 +180,14 @@ class CostModel:
         return np.asarray(self._features(batch)[..., INDEX["tokens"]])
 
     def longer_s(self, batch: StepBatch, more_s: float) -> Array:
-        """What steps [n, d] take longer when all their exchanges together take `more_s` longer, overlap hiding what it can: [n]."""
+        """What steps [n, d] take longer when their exchanges take `more_s` longer in all, overlap hiding what it can: [n]."""
         x = self._features(batch)
         x = x[None] if x.ndim == 2 else x
         longer, tbo = np.full(len(x), more_s), self._overlaps(x)
         if tbo.any():
-            half = self._stack_beside_comm.streams(_halved(x[tbo]))
-            later = replace(half, comm=half.comm + more_s / 2)
-            longer[tbo] = self._overlapped_s(later) - self._overlapped_s(half)
+            half = self._stack_beside_comm.half(_halved(x[tbo]))
+            later = replace(half, dispatch=half.dispatch + more_s / 4, combine=half.combine + more_s / 4)
+            longer[tbo] = self._overlapped_s(later, x[tbo]) - self._overlapped_s(half, x[tbo])
         if self.site.engine.shared_overlap and self._stack.exchanges and not tbo.all():
             shared_s, comm_s = self._stack.shared_s(x[~tbo]), self._stack.streams(x[~tbo]).comm
             longer[~tbo] -= np.minimum(shared_s, comm_s + more_s) - np.minimum(shared_s, comm_s)
@@ -184,6 +198,19 @@ class CostModel:
         """Tokens that a decoding sequence gains a step: itself and the drafts accepted in a row."""
         a, drafts = self.pool.mtp_acceptance, self.pool.mtp_draft_tokens
         return float(sum(a**i for i in range(drafts + 1)))
+
+    def shown_exchanges_s(self, batch: StepBatch) -> tuple[float, float]:
+        """What dispatch and combine add to a decode step: all of them, or what overlap does not hide."""
+        x = self._features(batch)[None]
+        if not self._overlaps(x)[0]:
+            parts = self._stack.parts(x[0])
+            found = [sum(s for key, s in parts.items() if key.startswith(f"moe/{name}/")) for name, _ in self.exchanges]
+        else:
+            engine = self.site.engine
+            shown = shown_s(self._stack_beside_comm.half(_halved(x)), self.site.protocol, engine.tbo_compute_slowdown,
+                            staggered=engine.tbo_staggered)
+            found = [float(seconds[0]) for seconds in shown]
+        return (found[0], found[1]) if found else (0.0, 0.0)
 
     # --- inside a step
     def _features(self, batch: StepBatch) -> Array:
@@ -204,11 +231,11 @@ class CostModel:
         x = x[None] if x.ndim == 2 else x
         tbo = self._overlaps(x)
         if tbo.all():
-            device_s = self._overlapped_s(self._stack_beside_comm.streams(_halved(x)))
+            device_s = self._overlapped_s(self._stack_beside_comm.half(_halved(x)), x)
         else:
             device_s = self._alone_s(x)
             if tbo.any():
-                device_s[tbo] = self._overlapped_s(self._stack_beside_comm.streams(_halved(x[tbo])))
+                device_s[tbo] = self._overlapped_s(self._stack_beside_comm.half(_halved(x[tbo])), x[tbo])
         if self._drafts is not None:
             device_s = device_s + self._draft_s(batch)
         device_s = device_s * self._slowdown(x)
@@ -228,21 +255,23 @@ class CostModel:
             return np.zeros(len(x), dtype=bool)
         return np.asarray(x[..., _FIRST_AMOUNT].min(axis=-1) >= max(self.pool.tbo_min_tokens, 2))
 
-    def _overlapped_s(self, half: Streams) -> Array:
-        """Two halves pipelined: the longer stream (the unhidden part of exchanges is on the compute stream), and one layer's
-        share of the shorter at the ends, which nothing hides."""
-        protocol = self.site.protocol
-        compute = 2 * half.compute * self.site.engine.tbo_compute_slowdown + 2 * half.comm * protocol.unhidden
-        comm = 2 * half.comm * protocol.beside
-        return np.asarray(np.maximum(compute, comm) + np.minimum(compute, comm) / (2 * max(self._stack.moe_layers, 1)))
+    def _overlapped_s(self, half: Half, x: Array) -> Array:
+        """Seconds of steps [n] whose halves run side by side, in the engine's order of stages."""
+        engine, protocol = self.site.engine, self.site.protocol
+        slower = engine.tbo_compute_slowdown
+        alternating = overlapped_s(half, protocol, slower, staggered=False)
+        if not engine.tbo_staggered:
+            return alternating
+        prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
+        return np.where(prompts, alternating, overlapped_s(half, protocol, slower, staggered=True))
 
-    def _two_halves(self, half_parts: dict[str, float], half: Streams) -> dict[str, float]:
+    def _two_halves(self, half_parts: dict[str, float], half: Half, x: Array) -> dict[str, float]:
         """Both halves' parts at their slowed rates, and what running them side by side saves."""
         slower, beside = self.site.engine.tbo_compute_slowdown, self.site.protocol.beside
         comm_keys = tuple(f"moe/{name}/" for name, _ in self._stack.exchanges)
         parts = {key: 2 * seconds * (beside if key.startswith(comm_keys) else slower)
                  for key, seconds in half_parts.items()}
-        parts["overlap/tbo"] = float(self._overlapped_s(half)[0]) - sum(parts.values())
+        parts["overlap/tbo"] = float(self._overlapped_s(half, x)[0]) - sum(parts.values())
         return parts
 
     def _draft_s(self, batch: StepBatch) -> Array:
@@ -273,22 +302,14 @@ class CostModel:
         engine = self.site.engine
         if self.site.alone:
             return np.zeros(seqs.shape[:-1])
-        return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1))
+        decoding = np.atleast_2d(np.asarray(batch.decode_seqs)).max(axis=-1) if self.pool.mtp_draft_tokens else 0.0
+        return np.asarray(engine.step_host_s + engine.seq_host_s * seqs.max(axis=-1) + engine.draft_seq_host_s * decoding)
 
     def _slowdown(self, x: Array) -> Array:
         """Device time over the sum of operators, which differ where a step holds prompts: [n, d, f] -> [n]."""
         engine = self.site.engine
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        return np.where(prompts, engine.prefill_slowdown, 1.0)
-
-    @property
-    def _helper_launches(self) -> float:
-        """Small kernels of a pass that the table folds into others. Latent and linear attention split, join, copy and quantise
-        several times what plain attention does."""
-        plain = self.model.attention.kind == "gqa"
-        linear = self.model.layer_attention.count("linear")
-        layers = (self.model.layers - linear) * (1 if plain else _INTRICATE) + linear * _INTRICATE
-        return float(self.site.engine.helper_launches * layers)
+        return np.where(prompts, engine.prefill_slowdown, engine.decode_slowdown)
 
     def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""
@@ -299,7 +320,7 @@ class CostModel:
         if covered.all():
             return np.zeros(len(x))
         engine = self.site.engine
-        launches = (self._stack.launches(x) + self._helper_launches) * (1 + tbo)
+        launches = (self._stack.launches(x) + helper_launches(self.model, engine)) * (1 + tbo)
         eager_s = np.maximum(launches * engine.eager_launch_s - device_s, 0.0)
         return np.asarray(np.where(covered, 0.0, eager_s))
 

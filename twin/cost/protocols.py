@@ -19,7 +19,9 @@ same-rail GPU of every node it touches, forwarded over NVLink to the ranks there
 @dataclass(frozen=True)
 class Phase:
     """One direction. Rates are fractions of the link; `nvlink_cap` bounds a rank's NVLink bytes/s inside one domain,
-    `forward_cap` when it forwards what came over the NIC; latencies are for a domain and what leaving it adds."""
+    `forward_cap` when it forwards what came over the NIC; latencies are for a domain and what leaving it adds, and
+    `row_bytes_per_s` what one token's row waits for itself, as a few warps carry it. `local` is the part of HBM's rate at which
+    a rank packs and unpacks its copies, work of its own SMs that no overlap hides (0: the network's kernels do it)."""
 
     nvlink: float
     rdma: float
@@ -27,12 +29,14 @@ class Phase:
     forward_cap: float
     base_s: float
     remote_s: float
+    row_bytes_per_s: float = 1e15
+    local: float = 0.0
 
 
 @dataclass(frozen=True)
 class Protocol:
     """A library's dispatch and combine. Beside another half batch's compute (two-batch overlap) it takes `comm_sms` SMs and
-    runs `beside` times as long; `unhidden` is the part of it that stays on the compute stream (packing, unpacking)."""
+    runs `beside` times as long."""
 
     name: str
     pattern: Pattern
@@ -40,12 +44,14 @@ class Protocol:
     combine: Phase
     comm_sms: int
     beside: float
-    unhidden: float
     source: Source
     note: str
 
 
 _FAST = 1e15  # no cap
+CAPPED_AT_BYTES_PER_S = 450e9
+"""The NVLink on which caps were measured (H100, H200). GPUs with a faster one copy faster in proportion: DeepEP V2 on Blackwell
+(900 GB/s) with 24 SMs moves 563 to 591 GB/s inside a node, Hopper 277 to 283."""
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
     Protocol(
         "deepep_normal", "rail",
@@ -54,17 +60,20 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         # 45.6 / 45.0 GB/s of a 50 GB/s NIC; H800 153 / 158 GB/s (own traffic included) 0.67 of its NVLink.
         Phase(nvlink=0.68, rdma=0.91, nvlink_cap=283e9, forward_cap=240e9, base_s=15e-6, remote_s=40e-6),
         Phase(nvlink=0.70, rdma=0.90, nvlink_cap=277e9, forward_cap=190e9, base_s=15e-6, remote_s=40e-6),
-        # with and without TBO on 32 H100: 10.5 / 15.7 ms a layer become 14.1 / 20.2
-        comm_sms=24, beside=1.3, unhidden=0.0, source="calibrated",
+        # alone 7.2 / 14.3 ms for 16k tokens on 32 H100, with TBO and even load 9.5 to 10.8 / 15.0 to 17.2
+        comm_sms=24, beside=1.2, source="calibrated",
         note="DeepEP V1 normal, published tables 1-4 nodes"),
     Protocol(
         "deepep_low_latency", "direct_copies",
         # DeepEP test_low_latency on Hopper + CX7 400G, 8..256 tokens x 7168 top-8: the slope over tokens is 46-48 GB/s on
-        # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across.
-        Phase(nvlink=0.70, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=14e-6, remote_s=4e-6),
-        Phase(nvlink=0.60, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=10e-6, remote_s=12e-6),
-        # with TBO on 72 H100, 256 tokens: 0.175 + 0.193 of about 1.0 ms a layer still shows
-        comm_sms=0, beside=1.0, unhidden=0.35, source="calibrated",
+        # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across. One token of
+        # 2048, 4096, 7168 elements takes 8.8 / 10.5, 9.6 / 11.4, 11.9 / 12.6 us. H800 (NVLink of 200 GB/s): 104 / 127 GB/s.
+        Phase(nvlink=0.55, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=8e-6, remote_s=5.5e-6,
+              row_bytes_per_s=1.7e9, local=0.10),
+        Phase(nvlink=0.63, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=8e-6, remote_s=12e-6,
+              row_bytes_per_s=5.5e9, local=0.137),
+        # nothing but sending and receiving, 2 x 128 tokens on 72 H100: 59 / 76 us (LMSYS), hence `local`
+        comm_sms=0, beside=1.0, source="calibrated",
         note="DeepEP V1 low latency, published tables 1-8 nodes"),
     Protocol(
         "nccl", "direct",
@@ -72,32 +81,35 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         # across nodes on CX7/EFA 45 GB/s of 50 at 64 MiB falling with size of the group.
         Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
         Phase(nvlink=0.69, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=20e-6, remote_s=30e-6),
-        comm_sms=16, beside=1.3, unhidden=0.0, source="calibrated",
+        comm_sms=16, beside=1.3, source="calibrated",
         note="all_to_all with split sizes; base_s includes the exchange of counts"),
     Protocol(
         "symm", "direct",
         Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
         Phase(nvlink=0.75, rdma=0.80, nvlink_cap=_FAST, forward_cap=_FAST, base_s=10e-6, remote_s=30e-6),
-        comm_sms=16, beside=1.3, unhidden=0.0, source="assumed",
+        comm_sms=16, beside=1.3, source="assumed",
         note="one-sided pushes and a barrier; barrier measured at 10-12 us for 2-8 ranks"),
     Protocol(
         "ag_rs", "rail_all",
         # nccl-tests all_gather / reduce_scatter on 8 x H200: 512 MiB in 1.395 / 1.393 ms = 337 GB/s a GPU (0.75).
         Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=14e-6, remote_s=20e-6),
         Phase(nvlink=0.75, rdma=0.85, nvlink_cap=_FAST, forward_cap=_FAST, base_s=12e-6, remote_s=20e-6),
-        comm_sms=16, beside=1.3, unhidden=0.0, source="calibrated",
+        comm_sms=16, beside=1.3, source="calibrated",
         note="every token to every rank, partial sums back"),
     Protocol(
         "gloo", "direct",
         Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
         Phase(nvlink=0.9, rdma=0.9, nvlink_cap=_FAST, forward_cap=_FAST, base_s=200e-6, remote_s=100e-6),
-        comm_sms=0, beside=1.5, unhidden=0.5, source="assumed",
+        comm_sms=0, beside=1.5, source="assumed",
         note="TCP on the host; calibrate"),
 )}
 
 # Collectives of tensor parallelism on top of the graph's time: fraction of link rate and fixed seconds. nccl-tests and
 # CUDA-graph replays on 8 x H200: all-reduce 128 KiB 21 us, 2 MiB 37 us, 32 MiB 197 us; 512 MiB 2.04 ms.
 TP_EFFICIENCY, TP_BASE_S = 0.80, 6e-6
-# Point-to-point KV transfer over RDMA: Mooncake on 2 x 8 H800, 8 x 400G: 146 / 578 / 1130 / 4500 MB in 1.5 / 4.75 / 8.84 /
-# 31.65 ms, a slope of 144 of 400 GB/s and 0.5 ms; UCX and UCCL through NIXL 4 GiB in 0.36 s over 200G: 12 of 25 GB/s.
-KV_EFFICIENCY, KV_BASE_S = 0.37, 0.5e-3
+# Point-to-point KV transfer over RDMA: a GPU's bytes cross its link, and blocks scattered over its cache are posted and gathered
+# one after the other, at KV_GATHER_BYTES_PER_S. Mooncake on 2 x 8 H800, 8 x 400G: 151 / 604 / 1208 / 4832 MB in 1.5 / 4.75 / 8.84
+# / 31.65 ms, 19 of 50 GB/s a NIC and 0.5 ms; UCX and UCCL through NIXL 4 GiB in 0.36 s over 200G: 12 of 25 GB/s.
+KV_LINK, KV_GATHER_BYTES_PER_S, KV_BASE_S = 0.90, 29e9, 0.5e-3
+KV_EFFICIENCY = 1.0 / (1.0 / KV_LINK + 50e9 / KV_GATHER_BYTES_PER_S)
+"""The part of a 400 Gb/s link that remains."""

@@ -15,10 +15,16 @@ from twin.cost.comm import Exchange
 from twin.cost.experts import ExpertCost
 from twin.cost.interval import joined, plain
 from twin.cost.measured import Evidence, Measured
+from twin.cost.overlap import Half
 from twin.cost.roofline import OpTable
 
 _TOKENS = INDEX["tokens"]
 _SHARED_KEY = "moe/shared"
+# what of each key runs before attention (or beside the dispatch, as shared experts do) and what from it to the gate
+_EARLY = {"attention/absorb": 0.5, "attention/kv_write": 1.0, "norm": 0.5, "small": 0.5, _SHARED_KEY: 1.0}
+_LATE = {"attention/absorb": 0.5, "norm": 0.5, "small": 0.5, "attention/kv_read": 1.0, "attention/prefill": 1.0,
+         "attention/kv_up": 1.0, "attention/state": 1.0, "attention/scan": 1.0, "attention/indexer": 1.0, "moe/gate": 1.0}
+_PROJECTIONS = "attention/projections"
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,10 @@ class Stack:
     moe_layers: int
     launch_counts: Array  # [f] kernels a rank launches
     wait_s: float  # at each exchange, for ranks that come late
+    wait_share: float  # the same, as part of what is computed between exchanges
     ranks: int  # DP ranks; a batch of one column stands for all of them alike
+    layers: int = 1
+    output_share: float = 0.5  # of the attention projections' work, the one after attention
 
     def launches(self, x: Array) -> Array:
         """Kernels that the busiest rank launches: [n, d, f] -> [n]. A grouped expert FFN is six, an exchange three."""
@@ -66,17 +75,36 @@ class Stack:
             compute = compute + gemm_s + permute_s
         for _, exchange in self.exchanges:
             nvlink_s, rdma_s = exchange.seconds(tokens)
-            comm = comm + self.moe_layers * (nvlink_s + rdma_s + (exchange.fixed_s + self.wait_s) * (total > 0))
+            wait_s = self.moe_layers * self.wait_s + compute * self.wait_share
+            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (total > 0)) + wait_s * (total > 0)
         return Streams(compute, comm)
+
+    def half(self, x: Array) -> Half:
+        """A pass over one half batch [n, d, f], as two-batch overlap needs it."""
+        streams, tokens = self.streams(x), x[..., _TOKENS]
+        total = tokens.sum(axis=-1) * self._alike(x)
+        experts = np.sum(self.experts.seconds(total), axis=0) if self.experts is not None else np.zeros(len(x))
+        output = {_PROJECTIONS: self.output_share}
+        before = {_PROJECTIONS: 1 - self.output_share}
+        crossed = [np.asarray(self.moe_layers * (sum(e.seconds(tokens)) + e.fixed_s)) for _, e in self.exchanges]
+        local = [np.asarray(self.moe_layers * e.local_s * tokens.max(axis=-1)) for _, e in self.exchanges]
+        wait = self.moe_layers * self.wait_s + streams.compute * self.wait_share
+        share = self.moe_layers / max(self.layers, 1)
+        return Half(streams.compute, experts, share * self._own_s(x, _EARLY | before), share * self._own_s(x, _LATE | output),
+                    crossed[0], crossed[1], local[0], local[1], wait * (total > 0))
+
+    def _own_s(self, x: Array, parts: dict[str, float]) -> Array:
+        """Seconds of `parts` (key -> how much of it) on the rank that has most: [n, d, f] -> [n]."""
+        columns = np.array([parts.get(op.key, 0.0) for op in self.table.ops])
+        seconds = self.table.seconds(x) @ columns
+        for own in self.measured:
+            if set(own.keys) & set(parts):
+                seconds = seconds + sum(found * parts.get(key, 0.0) for key, found in own.parts(x).items())
+        return np.asarray(seconds.max(axis=-1))
 
     def shared_s(self, x: Array) -> Array:
         """Seconds of the shared experts on the rank that has most: [n, d, f] -> [n]."""
-        columns = np.array([op.key == _SHARED_KEY for op in self.table.ops], dtype=float)
-        seconds = self.table.seconds(x) @ columns
-        for own in self.measured:
-            if _SHARED_KEY in own.keys:
-                seconds = seconds + own.parts(x)[_SHARED_KEY]
-        return np.asarray(seconds.max(axis=-1))
+        return self._own_s(x, {_SHARED_KEY: 1.0})
 
     def parts(self, x: Array) -> dict[str, float]:
         """Seconds by key of ONE pass, x [d, f]; sums to compute + comm of `streams`."""
@@ -96,13 +124,14 @@ class Stack:
         if self.experts is not None:
             gemm_s, permute_s = self.experts.seconds(total)
             found["moe/experts"], found["moe/permute"] = float(gemm_s[0]), float(permute_s[0])
+        compute_s = sum(found.values())
         for name, exchange in self.exchanges:
             if total[0] > 0:
                 nvlink_s, rdma_s = exchange.seconds(tokens)
                 found[f"moe/{name}/nvlink"] = self.moe_layers * float(nvlink_s)
                 found[f"moe/{name}/rdma"] = self.moe_layers * float(rdma_s)
                 found[f"moe/{name}/latency"] = self.moe_layers * exchange.fixed_s
-                found[f"moe/{name}/wait"] = self.moe_layers * self.wait_s
+                found[f"moe/{name}/wait"] = self.moe_layers * self.wait_s + compute_s * self.wait_share
         return {key: seconds for key, seconds in found.items() if seconds}
 
     def evidence(self) -> dict[str, Evidence]:

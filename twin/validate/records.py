@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from ruamel.yaml.error import YAMLError
 
 from twin.spec.errors import EptwinError, SpecError
 from twin.spec.parse import read_text
-from twin.validate.record_kinds import ANSWERS, Found, kind_of
+from twin.validate.record_kinds import ANSWERS, kind_of
+from twin.validate.record_words import Found
 
 MAX_FILE_BYTES = 16 << 20
 MAX_RECORDS = 100_000
+_ALIKE = ("source", "model", "gpu", "gpus", "phase", "ep", "isl", "osl", "batch_per_gpu", "metric", "unit")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Judged:
     published: float | None
     found: Found | None
     reason: str = ""
+    alike: str = ""  # what else it shares with the record that differs in two-batch overlap alone; empty where it has none
+    tbo: bool = False
 
     @property
     def error(self) -> float | None:
@@ -87,6 +91,28 @@ def judge_records(path: Path, limit: int | None = None) -> list[Judged]:
 
 
 def _judge(record: Mapping[str, Any], number: int) -> Judged:
+    judged, features = _answered(record, number), record.get("features")
+    if judged.kind != "throughput" or not isinstance(features, Mapping) or "TBO" not in features:
+        return judged
+    rest = {key: record.get(key) for key in _ALIKE} | {"features": sorted((k, str(v)) for k, v in features.items() if k != "TBO")}
+    return replace(judged, alike=str(rest), tbo=bool(features["TBO"]))
+
+
+def overlap_gains(records: list[Judged]) -> list[dict[str, Any]]:
+    """What two-batch overlap adds to throughput, published and predicted, for pairs of records that differ in it alone.
+    `error` is of the gain's size."""
+    found = []
+    for one in records:
+        other = next((r for r in records if r.alike and r.alike == one.alike and one.tbo and not r.tbo), None)
+        if other is None or not (one.found and other.found and one.published and other.published):
+            continue
+        published, predicted = one.published / other.published - 1, one.found.value / other.found.value - 1
+        found.append({"with": one.name, "without": other.name, "published": published, "predicted": predicted,
+                      "error": predicted / published - 1 if published else None})
+    return found
+
+
+def _answered(record: Mapping[str, Any], number: int) -> Judged:
     name, metric, unit = str(record.get("id") or f"record {number + 1}"), str(record["metric"]), str(record.get("unit") or "")
     value = record.get("value")
     published = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -117,4 +143,17 @@ def summarise_records(records: list[Judged]) -> dict[str, Any]:
                          "median_abs_error": errors[len(errors) // 2] if errors else None,
                          "worst_abs_error": errors[-1] if errors else None,
                          "interval_coverage": sum(inside) / len(inside) if inside else None}
-    return {"records": len(records), "answered": sum(r.found is not None for r in records), "by_kind": by_kind}
+    return {"records": len(records), "answered": sum(r.found is not None for r in records), "by_kind": by_kind,
+            "layer_parts": _layer_parts(records), "overlap_gains": overlap_gains(records)}
+
+
+def _layer_parts(records: list[Judged]) -> dict[str, Any]:
+    """Errors of layer times by phase and part."""
+    errors: dict[str, list[float]] = {}
+    for record in records:
+        if record.kind == "layer" and record.error is not None:
+            phase, _, part = record.metric.partition("_layer_time_")
+            errors.setdefault(f"{phase} {part}", []).append(record.error)
+    return {name: {"records": len(found), "median_abs_error": sorted(map(abs, found))[len(found) // 2],
+                   "worst_abs_error": max(map(abs, found)), "bias": sum(found) / len(found)}
+            for name, found in sorted(errors.items())}

@@ -25,6 +25,8 @@ _SAME_SHAPE = (
     (r"llama-3(\.[0-9])?-8b", "llama-3.1-8b"),
     (r"minimax-m2(\.[0-9])?", "minimax-m2.5"),
     (r"glm-5(\.[0-9])?", "glm-5"),
+    (r"glm-4\.[567]-air", "glm-4.5-air"),
+    (r"glm-4\.[567]", "glm-4.5"),
     (r"mixtral-8x7b", "mixtral-8x7b"),
     (r"mixtral-8x22b", "mixtral-8x22b"),
     (r"llama-4-maverick", "llama-4-maverick"),
