@@ -181,6 +181,9 @@ class CostModel:
 
     def longer_s(self, batch: StepBatch, more_s: float) -> Array:
         """What steps [n, d] take longer when their exchanges take `more_s` longer in all, overlap hiding what it can: [n]."""
+        if not self.pool.tbo and not self.site.engine.shared_overlap:
+            prompts = (batch.prefill_tokens > 0).any(axis=-1)
+            return np.asarray(more_s * np.where(prompts, self.site.engine.prefill_slowdown, 1.0))
         x = self._features(batch)
         x = x[None] if x.ndim == 2 else x
         longer, tbo = np.full(len(x), more_s), self._overlaps(x)
