@@ -20,7 +20,7 @@ from runtime.kernels.attention_mla import mla_decode
 from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
 from runtime.kernels.gate import gate_topk
 from runtime.kernels.moe_layer import moe_layer
-from runtime.kernels.rope import rope_norm_cache
+from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
 from runtime.quantise import quantise_rows
 from runtime.triton_ops import TritonOps
 
@@ -177,10 +177,20 @@ def _rope(attrs: dict[str, str], v: Values) -> list[Call]:
             for x in inputs]
 
 
+def _latent(attrs: dict[str, str], v: Values) -> list[Call]:
+    """Queries and latents of whole prompts behind one another, into a cache in order."""
+    tokens, row = v["tokens"], v["heads"] * (_NOPE + _ROPE) + _LATENT + _ROPE
+    cache = torch.empty(-(-tokens // _BLOCK), _BLOCK, _LATENT + _ROPE, dtype=torch.bfloat16, device="cuda")
+    at, angles, norm = torch.arange(tokens, device="cuda"), torch.randn(tokens, _ROPE, device="cuda"), _randn(_LATENT)
+    inputs = [(_randn(tokens, v["heads"], _NOPE + _ROPE), _randn(tokens, _LATENT + _ROPE))
+              for _ in range(_sets(2 * tokens * row))]
+    return [lambda q=q, x=x: mla_rope_norm_cache(q, x, norm, at, at, angles, cache, interleaved=True) for q, x in inputs]
+
+
 _MAKERS: dict[str, Callable[[dict[str, str], Values], list[Call]]] = {
     "gemm": _gemm, "moe": _moe, "attention_decode": _attention_decode, "attention_prefill": _attention_prefill,
     "mla_decode": _mla_decode, "mla_prefill": _mla_prefill, "norm": _norm, "quant": _quant, "silu": _silu, "gate": _gate,
-    "rope": _rope,
+    "rope": _rope, "latent": _latent,
 }
 
 

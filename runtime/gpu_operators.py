@@ -56,6 +56,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _PRODUCTS = (  # (n, k) of Qwen3-30B-A3B and 235B, DeepSeek-V3/R1, Kimi K2, gpt-oss, on one rank
     (5120, 2048), (2048, 4096), (9216, 4096), (4096, 8192), (2112, 7168), (24576, 1536), (12288, 1536), (7168, 16384),
     (7168, 8192), (4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432), (32768, 512), (5120, 2880), (2880, 4096),
+    (1536, 7168), (576, 7168), (128, 2048), (128, 4096), (256, 7168), (384, 7168),  # down projections one by one, routers
 )
 _HEADS = ((151936, 2048), (151936, 4096), (129280, 7168))
 _MOE = ("hidden", "intermediate", "top_k", "experts", "moe_tp", "moe_ep")
@@ -101,6 +102,7 @@ def grids() -> list[Grid]:
         Grid("quant", bf16, ("width",), _WIDTHS, {"tokens": _ROWS}),
         Grid("silu", bf16, ("width",), _INNER, {"tokens": _MANY_ROWS}, lambda v: v["tokens"] * v["width"] / 3e8),
         Grid("rope", bf16, _GQA[:3], tuple(shape[:3] for shape in heads), {"tokens": _ROWS}),
+        Grid("latent", bf16, ("heads",), ((16,), (64,), (128,)), {"tokens": _ROWS}),
         Grid("gate", bf16, ("experts", "top_k"), _GATES, {"tokens": _ROWS}),
     ]
 

@@ -75,6 +75,8 @@ def groups_of(s: Slice) -> list[Group]:
         inputs += [("attention/quantise", h, softmax), ("attention/quantise", heads * a.v_head_dim, softmax)]
     elif a.kind == "mla":
         assert a.kv_lora_rank and a.qk_rope_head_dim
+        latent = Kernel("attention/kv_write", "latent", {"heads": heads}, softmax)
+        groups.append(Group(_elementwise("attention/kv_write"), (latent,)))
         inputs += [("attention/quantise", width, softmax) for width in (h, heads * a.v_head_dim, float(a.q_lora_rank or h))]
         if a.q_lora_rank:
             inputs.append(("attention/quantise", h, softmax))

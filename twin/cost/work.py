@@ -155,6 +155,11 @@ def _rope(v: Values, _: Attrs) -> Work:
     return Work(hbm_bytes=v["tokens"] * (4.0 * row + 4.0 * v["kv_heads"] * v["head_dim"]))
 
 
+def _latent(v: Values, _: Attrs) -> Work:
+    """Latent attention: rotary embedding of every head's queries in place, norm of the latent, and both into the cache."""
+    return Work(hbm_bytes=4.0 * v["tokens"] * (v["heads"] * _MLA_ROPE + _MLA_KV_RANK + _MLA_ROPE))
+
+
 def _quant(v: Values, _: Attrs) -> Work:
     return Work(hbm_bytes=3.0 * v["tokens"] * v["width"])
 
@@ -194,10 +199,10 @@ _WORK: dict[str, Callable[[Values, Attrs], Work]] = {
     "mla_prefill": _mla_prefill, "mla_decode": _mla_decode, "mla_bmm": _mla_bmm, "moe": _moe,
     "all_reduce": _collective(2.0), "all_gather": _collective(1.0), "reduce_scatter": _collective(1.0),
     "all_to_all": _collective(1.0), "dispatch": _exchange, "combine": _exchange,
-    "norm": _norm, "rope": _rope, "quant": _quant, "silu": _silu, "gate": _gate,
+    "norm": _norm, "rope": _rope, "latent": _latent, "quant": _quant, "silu": _silu, "gate": _gate,
 }
 OPERATORS = tuple(_WORK)
-ENGINE_KERNELS = ("norm", "rope", "quant", "silu", "gate")
+ENGINE_KERNELS = ("norm", "rope", "latent", "quant", "silu", "gate")
 """Small kernels that every engine fuses its own way: what one engine's take says nothing of another's."""
 
 

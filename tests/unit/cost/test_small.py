@@ -33,6 +33,7 @@ def test_kernels_are_counted_as_a_profiler_saw_them() -> None:
     of which the experts' own are two a layer, 184 norms (one at the end is not counted here), 58 top-ks, 61 activations."""
     r1 = launches(load_model("deepseek-r1"), FP8)
     assert r1["quant"] == 482 - 2 * 58 and r1["norm"] == 184 - 1 and r1["gate"] == 58 and r1["silu"] == 61
+    assert r1["latent"] == 61
     assert r1["gemm"] == 58 + 2 * 61  # routers, and latents' and queries' down projections one by one
     qwen = launches(load_model("qwen3-30b-a3b"), BF16)
     assert qwen == {"norm": 97 - 1, "rope": 48, "gate": 48, "gemm": 48}
