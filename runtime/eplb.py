@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from runtime.clock import ON_DEVICE
 from runtime.comm.group import PeerLost, guarded
 from runtime.control import Control
 from runtime.model.transformer import MoeFfn
@@ -78,7 +79,7 @@ class Rebalancer:
 
     def _loads(self) -> tuple[torch.Tensor, float]:
         """Counts by layer and expert, copied on the device, and seconds in experts; nothing is waited for."""
-        return torch.stack([ffn.load_E for ffn in self._ffns]), self._clock.spent("experts")
+        return torch.stack([ffn.load_E for ffn in self._ffns]), experts_s(self._clock)
 
     def _begin(self) -> None:
         load_LE, experts_s = self._loads()
@@ -186,6 +187,13 @@ class Rebalancer:
         """All tensors of one local slot, as views."""
         w = ffn.weights
         return [part[slot] for part in (w.w13, w.w2, w.b13, w.b2, w.s13, w.s2) if part is not None]
+
+
+def experts_s(clock: Clock) -> float:
+    """Seconds in experts so far. Steps in graphs tell no phases: of theirs, the share that experts had in other steps."""
+    plain_s = sum(clock.spent(phase) for phase in ON_DEVICE - {"graph", "draft"})
+    share = clock.spent("experts") / plain_s if plain_s else 0.0
+    return clock.spent("experts") + share * clock.spent("graph")
 
 
 def _pack(parts: list[torch.Tensor]) -> torch.Tensor:

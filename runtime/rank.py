@@ -117,6 +117,10 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     kv = make_kv(cached, at, blocks, pool.block_tokens, dtype, device)
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
     decode = None
+    for ffn in transformer.moe_layers:  # before any step is captured
+        ffn.replicas.may_move = pool.eplb is not None and at.ep > 1
+        if (options.record_routing or "").endswith(".json"):
+            ffn.count_pairs()
     rows = graph_rows(experts, pool.max_num_seqs * (1 + pool.mtp_draft_tokens)) if at.tp == 1 else 0
     if options.backend == "triton":
         compiles.listen()

@@ -1,52 +1,48 @@
-"""Which replica of an expert a token goes to: a wheel of slots for every expert, turned by the tokens of a step.
+"""Which replica of an expert each choice of a step goes to: every rank spreads what it brings over all ranks evenly, batch
+by batch, as `twin.policy.replica_split.BatchSplit` has it. Which replica is taken never changes a result.
 
-A slot comes on its expert's wheel as often as its share of the expert's load asks for, spread evenly, so that a run of
-tokens of any length keeps close to the shares. Which replica is taken never changes a result, so ranks may turn
-different wheels.
-
-Legend: E experts, S slots, W places on a wheel.
+Legend: E experts, S slots, J experts with several replicas, R ranks that experts are spread over; T tokens, K choices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-MIN_PLACES = 32
-"""Shares are kept to within half of one part in so many."""
+from twin.policy.replica_split import BATCH_SWEEPS, BatchSplit
 
 
-def places_for(ep: int) -> int:
-    """W: at least one place for a replica on every rank."""
-    return max(MIN_PLACES, 1 << (ep - 1).bit_length())
+class Replicas:
+    """One layer's placement on one rank. `may_move` says that it can change after graphs were captured: tables are written
+    in place, but a captured step looks at them only if it had to when it was captured."""
 
+    def __init__(self, experts: int, slots: int, ranks: int, source: int, device: torch.device, *, kernels: bool) -> None:
+        self._experts, self._ranks, self._source, self._kernels = experts, ranks, source, kernels
+        self.may_move = False
+        several = max(1, min(slots - experts, experts))  # as many experts can have more than one slot
+        self._first_E, self._rank_E, self._slot_JR = (
+            torch.empty(shape, dtype=torch.int32, device=device) for shape in ((experts,), (experts,), (several, ranks)))
 
-def wheels(slot_experts: Sequence[int], experts: int, places: int,
-           shares_S: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
-    """[E, W] slots. `shares_S` are loads by slot (None: alike). Every expert needs a slot; a slot with no share gets no
-    token as long as another one of its expert has any."""
-    slots_of: list[list[int]] = [[] for _ in range(experts)]
-    for slot, expert in enumerate(slot_experts):
-        slots_of[expert].append(slot)
-    assert all(slots_of), "an expert without a slot"
-    wheel_EW = np.empty((experts, places), dtype=np.int64)
-    for expert, slots in enumerate(slots_of):
-        if len(slots) == 1:
-            wheel_EW[expert] = slots[0]
-            continue
-        shares = np.ones(len(slots)) if shares_S is None else np.asarray(shares_S, dtype=np.float64)[slots]
-        wheel_EW[expert] = _wheel(np.array(slots), shares if shares.sum() > 0 else np.ones(len(slots)), places)
-    return wheel_EW
+    def place(self, slot_experts: Sequence[int]) -> None:
+        """Experts are in these slots from now on."""
+        self._in_order = list(slot_experts) == list(range(self._experts))
+        self._split = split = BatchSplit(slot_experts, self._experts, self._ranks)
+        first = torch.from_numpy(split.first_E)
+        rank_E = first // (len(slot_experts) // self._ranks)
+        rank_E[torch.from_numpy(split.experts_J)] = self._ranks + torch.arange(len(split.experts_J))
+        slot_JR = torch.full(self._slot_JR.shape, -1)
+        slot_JR[:len(split.experts_J)] = torch.from_numpy(split.slot_JR)
+        for table, values in ((self._first_E, first), (self._rank_E, rank_E), (self._slot_JR, slot_JR)):
+            table.copy_(values)
 
+    def slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """A physical slot for every choice, -1 for -1."""
+        if self._in_order and not self.may_move:
+            return ids_TK
+        if not self._kernels:
+            slots = self._split.slots(ids_TK.flatten().cpu().numpy(), self._source)
+            return torch.from_numpy(slots).to(ids_TK).view(ids_TK.shape)
+        from runtime.kernels.replicas import Tables, split  # needs triton
 
-def _wheel(slots: NDArray[np.int64], shares: NDArray[np.float64], places: int) -> NDArray[np.int64]:
-    """W slots: counts by largest remainder, the n places of a slot at (j + 1/2) / n of the way round."""
-    exact = shares / shares.sum() * places
-    counts = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - counts), kind="stable")
-    counts[order[:places - int(counts.sum())]] += 1
-    owner = np.repeat(np.arange(len(slots)), counts)
-    nth = np.arange(places) - np.repeat(np.cumsum(counts) - counts, counts)
-    return slots[owner[np.argsort((nth + 0.5) / counts[owner], kind="stable")]]
+        return split(ids_TK.contiguous(), Tables(self._first_E, self._rank_E, self._slot_JR), self._source, BATCH_SWEEPS)

@@ -158,9 +158,6 @@ class Worker:
         if place.world > 1:
             self._meet(place, patience)
         built = build_rank(self.model, place.plan, options, place.rank, self.clock.mark, kept)
-        if (options.record_routing or "").endswith(".json"):
-            for ffn in built.transformer.moe_layers:
-                ffn.count_pairs()
         if place.world > 1:
             guarded(lambda: dist.monitored_barrier(timeout=patience))
         be_patient(built.experts, options.stall_s)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,7 +28,7 @@ from runtime.model.params import Placement, linear_placement, vocab_slice
 from runtime.model.rope import cos_sin, inverse_frequencies, rope_width
 from runtime.ops import ExpertWeights, Router, TorchOps, Weight
 from runtime.quantise import weight_of
-from runtime.replicas import places_for, wheels
+from runtime.replicas import Replicas
 from twin.spec.model import ModelSpec
 
 Params = dict[str, torch.Tensor]
@@ -204,15 +203,10 @@ class MoeFfn:
         self.shared = None
         if model.moe.shared_intermediate:
             self.shared = DenseFfn(weight_of(params, f"{i}.shared.w13"), weight_of(params, f"{i}.shared.w2"), rig)
-        self.wheel_EW = torch.empty(model.moe.experts, places_for(at.ep), dtype=torch.int64, device=device)
+        self.replicas = Replicas(model.moe.experts, at.slots, at.ep, at.local_rank, device, kernels=rig.ops.name == "triton")
         self.load_E = torch.zeros(model.moe.experts, dtype=torch.int64, device=device)
         self.pairs_EE: torch.Tensor | None = None
-        self.place(slot_experts)
-
-    def place(self, slot_experts: Sequence[int], shares_S: np.ndarray | None = None) -> None:
-        """Experts are in these slots from now on, replicas used by these shares. In place: captured graphs go on."""
-        self.in_order = list(slot_experts) == list(range(self.moe.experts))
-        self.wheel_EW.copy_(torch.from_numpy(wheels(slot_experts, *self.wheel_EW.shape, shares_S)))
+        self.replicas.place(slot_experts)
 
     def count_pairs(self) -> None:
         """From now on count which experts tokens choose together."""
@@ -228,7 +222,7 @@ class MoeFfn:
         ids_TK, weights_TK = rig.ops.route(mine, self.router, self.moe, slots_T[start:stop], self.load_E)
         if self.pairs_EE is not None:
             add_pairs(self.pairs_EE, ids_TK)
-        slots_TK = ids_TK if self.in_order else self._slots(ids_TK)
+        slots_TK = self.replicas.slots(ids_TK)
         mark("dispatch")
         dispatched = rig.exchange.dispatch(mine, slots_TK, weights_TK, capacity)
         out = None
@@ -250,14 +244,12 @@ class MoeFfn:
             return routed
         out = torch.zeros_like(x_TH) if out is None else out
         out[start:stop] += routed
-        return rig.tp.all_reduce(out)
+        return rig.tp.all_reduce(out), stream_TH
 
-    def _slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """A physical slot for every choice, -1 for -1; wheels turn by token, and ranks begin apart."""
-        known_TK = ids_TK.clamp(min=0)
-        turn = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] + self.at.local_rank
-        slots_TK = self.wheel_EW[known_TK, turn % self.wheel_EW.shape[1]]
-        return torch.where(ids_TK < 0, -1, slots_TK)
+    @property
+    def alone(self) -> bool:
+        """Nothing but the routed experts, all of them here, adds to the stream."""
+        return isinstance(self.rig.experts, Local) and self.rig.tp.size == 1 and self.shared is None
 
 
 def token_share(tokens: int, parts: int, part: int) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from runtime_checkpoints import NEW_TOKENS, Checkpoints
 
-from runtime.eplb import _pack, _unpack
+from runtime.clock import Clock
+from runtime.eplb import _pack, _unpack, experts_s
 from runtime.frontend import Frontend
 from runtime.options import EngineOptions
 from runtime.rebalance import Seen, decide
@@ -47,6 +48,15 @@ def test_a_better_placement_pays_or_it_does_not() -> None:
     assert stays.cost_s > stays.gain_s_per_step * 100
     again = decide(seen, made.placement, pool_of(), 1, 1 << 20, ranks=4)
     assert not again.layers, "nothing is left to gain"
+
+
+def test_steps_in_graphs_count_by_the_share_that_others_saw() -> None:
+    clock = Clock(None, 0)
+    assert experts_s(clock) == 0.0
+    clock._spent = {"graph": 5.0, "sample": 9.0}
+    assert experts_s(clock) == 0.0, "nothing tells how much of it were experts"
+    clock._spent |= {"experts": 1.0, "attention": 2.0, "dispatch": 1.0}
+    assert experts_s(clock) == pytest.approx(1.0 + 5.0 / 4)
 
 
 def test_copies_come_from_where_the_expert_is() -> None:

@@ -7,6 +7,8 @@ lowers the sum of squared rank loads, whose minimum over all splits also has the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -87,3 +89,78 @@ def _whole_tokens(counts_LE: NDArray[np.int64], share_LS: Floats, placement: Pla
     whole_LS = np.zeros(share_LS.shape, dtype=np.int64)
     whole_LS[np.broadcast_to(layer, slots.shape)[used], slots[used]] = floor[used]
     return whole_LS
+
+
+BATCH_SWEEPS = 2
+"""What `BatchSplit` takes: the second finds little to move, a third nothing that counts."""
+
+
+class BatchSplit:
+    """The split of one layer's batch, in whole tokens, by what its source alone knows: each rank spreads its own tokens so
+    that its share of every rank's load is even, and a sum of even shares is even. Nobody asks anybody.
+
+    `experts_J` have several replicas, `slot_JR` is where (-1: not on this rank), `first_E` where an expert is that has one;
+    a second replica on the same rank is never needed. Integers throughout, so that a kernel finds the same.
+    """
+
+    def __init__(self, slot_experts: Sequence[int], experts: int, ranks: int) -> None:
+        slots_per_rank = len(slot_experts) // ranks
+        held: list[dict[int, int]] = [{} for _ in range(experts)]
+        for slot, expert in enumerate(slot_experts):
+            held[expert].setdefault(slot // slots_per_rank, slot)
+        assert all(held), "an expert without a slot"
+        self.first_E = np.array([next(iter(slots.values())) for slots in held], dtype=np.int64)
+        self.experts_J = np.array([e for e, slots in enumerate(held) if len(slots) > 1], dtype=np.int64)
+        self.slot_JR = np.full((len(self.experts_J), ranks), -1, dtype=np.int64)
+        for j, expert in enumerate(self.experts_J):
+            for rank, slot in held[expert].items():
+                self.slot_JR[j, rank] = slot
+        self._ranks, self._slots_per_rank = ranks, slots_per_rank
+
+    def fill(self, counts_E: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        """Tokens [J, R] that each replicated expert gets on every rank; ranks alike are filled from `source` on, so that
+        sources do not all favour the same."""
+        single_E = counts_E.copy()
+        single_E[self.experts_J] = 0
+        total_R = np.zeros(self._ranks, dtype=np.int64)
+        np.add.at(total_R, self.first_E // self._slots_per_rank, single_E)
+        total = total_R.tolist()
+        members = [sorted(np.flatnonzero(slots_R >= 0).tolist(), key=lambda rank: (rank - source) % self._ranks)
+                   for slots_R in self.slot_JR]
+        fill = [[0] * len(ranks) for ranks in members]
+        for _ in range(BATCH_SWEEPS):
+            for j, amount in enumerate(counts_E[self.experts_J].tolist()):
+                for rank, had in zip(members[j], fill[j], strict=True):
+                    total[rank] -= had
+                fill[j] = pour(amount, [total[rank] for rank in members[j]])
+                for rank, gets in zip(members[j], fill[j], strict=True):
+                    total[rank] += gets
+        fill_JR = np.zeros(self.slot_JR.shape, dtype=np.int64)
+        for row_R, ranks, got in zip(fill_JR, members, fill, strict=True):
+            row_R[ranks] = got
+        return fill_JR
+
+    def slots(self, ids_N: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        """A slot for each choice of an expert, -1 for -1."""
+        known = np.flatnonzero(ids_N >= 0)
+        counts_E = np.bincount(ids_N[known], minlength=len(self.first_E))
+        slots_N = np.where(ids_N >= 0, self.first_E[ids_N], -1)
+        for expert, slots_R, fill_R in zip(self.experts_J, self.slot_JR, self.fill(counts_E, source), strict=True):
+            slots_N[ids_N == expert] = np.repeat(slots_R, fill_R)
+        return slots_N
+
+
+def pour(amount: int, loads: Sequence[int]) -> list[int]:
+    """Whole tokens for each of some ranks, filled to a common level from what they have; what is left over goes to the first
+    of those at that level. The level is the lowest that any number of the emptiest ranks would give."""
+    level, below = amount + min(loads), 0
+    for n, load in enumerate(sorted(loads), start=1):
+        below += load
+        level = min(level, (amount + below) // n)
+    fill = [max(level - load, 0) for load in loads]
+    over = amount - sum(fill)
+    for i, load in enumerate(loads):
+        if over and load <= level:
+            fill[i] += 1
+            over -= 1
+    return fill
