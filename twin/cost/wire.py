@@ -44,14 +44,14 @@ class Wire:
         """Bytes that a step sends over each link: [k]."""
         return np.asarray(self.layers * sum(leg.bytes_kd @ tokens_d for leg in self.legs))
 
-    def more_s(self, tokens_d: Array, taken_k: Array) -> float:
+    def alone_s(self, tokens_d: Array) -> tuple[Array, ...]:
+        """Seconds that each leg of one layer keeps each link busy: [k] for each."""
+        return tuple(leg.seconds_kd @ tokens_d for leg in self.legs)
+
+    def more_s(self, alone_s: tuple[Array, ...], taken_k: Array) -> float:
         """Seconds that a step's exchanges take longer when the part `taken_k` of each link's rate is not theirs. A leg ends
         with its slowest link, so only that one matters."""
-        longer = 0.0
-        for leg in self.legs:
-            alone_k = leg.seconds_kd @ tokens_d
-            longer += float((alone_k / (1.0 - taken_k)).max() - alone_k.max())
-        return self.layers * longer
+        return self.layers * sum(float((each_k / (1.0 - taken_k)).max() - each_k.max()) for each_k in alone_s)
 
 
 def wire_of(cost: CostModel, gpus: Sequence[int]) -> Wire | None:

@@ -29,6 +29,8 @@ class Presence:
         self.costs = costs
         self._gpus, self._changed, self._retime = gpus, changed, retime
         self._work: tuple[StepBatch, float] | None = None  # what it does, and how long a step of it takes alone
+        self._amounts: tuple[Floats, tuple[Floats, ...]] | None = None  # of that, once somebody wants to know
+        self._more_s = 0.0
         self._taken_k: Floats | None = None
         self._moved_k: Floats | None = None  # bytes/s of expert weights on their way to other ranks
 
@@ -40,6 +42,13 @@ class Presence:
     def links_k(self) -> Ints:
         return np.zeros(0, dtype=np.int64) if self.wire is None else self.wire.links_k
 
+    @cached_property
+    def on_link(self) -> NDArray[np.bool_]:
+        """Whether its exchanges use a link: [links of the network]."""
+        used = np.zeros(len(self.costs.network.capacity), dtype=bool)
+        used[self.links_k] = True
+        return used
+
     # What it does to others.
 
     def load(self) -> tuple[Floats, Floats]:
@@ -47,9 +56,16 @@ class Presence:
         if self._work is None or self.wire is None:
             none = np.zeros(len(self.links_k))
             return none, none
-        batch, step_s = self._work
-        load_k = self.wire.step_bytes(self.costs.exchanged_tokens(batch)) / step_s
+        load_k = self._known()[0] / self._work[1]
         return load_k if self._moved_k is None else load_k + self._moved_k, self.wire.flows_k
+
+    def _known(self) -> tuple[Floats, tuple[Floats, ...]]:
+        """Bytes of a step on each link [k], and seconds of each leg on each."""
+        if self._amounts is None:
+            assert self._work is not None and self.wire is not None
+            tokens_d = self.costs.exchanged_tokens(self._work[0])
+            self._amounts = self.wire.step_bytes(tokens_d), self.wire.alone_s(tokens_d)
+        return self._amounts
 
     def begins(self, batch: StepBatch, step_s: float) -> None:
         """A step (or many alike) begins. Long decodes of the same sequences count as one load, whose steps grow unnoticed."""
@@ -57,7 +73,8 @@ class Presence:
         same = known is not None and not batch.prefill_seqs.any() and not known[0].prefill_seqs.any() and \
             np.array_equal(known[0].decode_seqs, batch.decode_seqs)
         if not same:
-            self._work = (batch, step_s)
+            self._work, self._amounts = (batch, step_s), None
+            self._more_s = self._longer_s()
             self._changed(self)
 
     def rests(self) -> None:
@@ -75,20 +92,23 @@ class Presence:
 
     def squeeze(self, taken_k: Floats) -> None:
         """From now on transfers take this part of each link."""
-        now = taken_k if taken_k.any() else None
-        if (now is None) != (self._taken_k is None) or (now is not None and not np.array_equal(now, self._taken_k)):
-            self._taken_k = now
+        self._taken_k = taken_k if taken_k.any() else None
+        before, self._more_s = self._more_s, self._longer_s()
+        if self._more_s != before:
             self._retime()
 
-    def longer_s(self, batch: StepBatch, steps: int) -> Floats | float:
-        """What `steps` decodes from `batch` on (or one step of any kind) take longer: [n]."""
-        if self.wire is None or (self._taken_k is None and self._moved_k is None):
+    def _longer_s(self) -> float:
+        """What the exchanges of a step take longer than alone, for all that is taken of the links."""
+        if self._work is None or self.wire is None or (self._taken_k is None and self._moved_k is None):
             return 0.0
         taken_k = np.zeros(len(self.links_k)) if self._taken_k is None else self._taken_k
         if self._moved_k is not None:
             taken_k = taken_k + self._moved_k / self.costs.network.capacity[self.links_k]
-        more_s = self.wire.more_s(self.costs.exchanged_tokens(batch), np.minimum(taken_k, _MOST_TAKEN))
-        return self.costs.longer_s(rows(batch, steps), more_s) if more_s > 0 else 0.0
+        return self.wire.more_s(self._known()[1], np.minimum(taken_k, _MOST_TAKEN))
+
+    def longer_s(self, batch: StepBatch, steps: int) -> Floats | float:
+        """What `steps` decodes from `batch` on (or one step of any kind) take longer, of the load that has begun: [n]."""
+        return self.costs.longer_s(rows(batch, steps), self._more_s) if self._more_s > 0 else 0.0
 
 
 def rows(batch: StepBatch, steps: int) -> StepBatch:

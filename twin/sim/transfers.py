@@ -23,10 +23,13 @@ Floats = NDArray[np.float64]
 
 
 class Neighbour(Protocol):
-    """Collectives that use links beside transfers. k: their links."""
+    """Collectives that use links beside transfers. k: their links; `on_link`: which of the network's they are."""
 
     @property
     def links_k(self) -> Ints: ...
+
+    @property
+    def on_link(self) -> NDArray[np.bool_]: ...
 
     def load(self) -> tuple[Floats, Floats]:
         """Mean bytes/s on each link now, and the flows that carry them while an exchange is under way (none when nothing
@@ -140,7 +143,7 @@ class Transfers:
         affected = self._reached(self._changed)
         links = np.array(sorted(self._changed.union(*(stream.links for stream in affected))))
         self._changed = set()
-        near = [n for n in self._neighbours if np.isin(links, n.links_k, assume_unique=True).any()]
+        near = [n for n in self._neighbours if n.on_link[links].any()]
         fair = self._leave_room(links, near)
         if affected:
             rates = self.network.rates([stream.flow for stream in affected])

@@ -15,7 +15,7 @@ from twin.cost.wire import wire_of
 from twin.sim import simulate
 from twin.sim.clock import Clock
 from twin.sim.layers import StepView, follow_step
-from twin.sim.presence import Presence
+from twin.sim.presence import Presence, rows
 from twin.sim.simulate import make_costs
 from twin.sim.transfers import Transfers
 from twin.sim.world import World
@@ -68,7 +68,7 @@ def test_the_wire_is_what_the_step_is_priced_by(comm):
     sent = wire.step_bytes(tokens)
     up, down = (sum(b for n, b in zip(names, sent, strict=True) if n.startswith(kind)) for kind in ("nic_up", "nic_down"))
     assert up == pytest.approx(down) and up > 0
-    assert wire.more_s(tokens, np.zeros(len(sent))) == 0.0
+    assert wire.more_s(wire.alone_s(tokens), np.zeros(len(sent))) == 0.0
 
 
 @pytest.mark.parametrize("comm", ["nccl", "deepep_low_latency"])
@@ -81,11 +81,11 @@ def test_both_grains_agree_on_what_a_flow_costs_the_exchanges(comm):
     network, wire = Network(on), wire_of(model, range(8))
     taken = np.isin(wire.links_k, network.route(12, 0)) / (1.0 + wire.flows_k)
     tokens = model.exchanged_tokens(batch)
-    more_s = replace(wire, legs=wire.legs[:1]).more_s(tokens, taken) / wire.layers
+    more_s = replace(wire, legs=wire.legs[:1]).more_s(wire.alone_s(tokens)[:1], taken) / wire.layers
     assert more_s > 1e-4, "the case must hurt"
     assert dispatch_s(alone) + more_s == pytest.approx(dispatch_s(beside), rel=0.02)
     # ranks that are served early send back early, on links of their own in that grain: it gains a little by it
-    both_s = alone.total_s + model.longer_s(batch, wire.more_s(tokens, taken))[0]
+    both_s = alone.total_s + model.longer_s(rows(batch, 1), wire.more_s(wire.alone_s(tokens), taken))[0]
     assert both_s == pytest.approx(beside.total_s, rel=0.05)
 
 
@@ -97,6 +97,7 @@ class Steady:
     """A neighbour that puts the same on one link all the time."""
 
     def __init__(self, link: int, rate: float, flows: int) -> None:
+        self.on_link = np.arange(10_000) == link
         self.links_k, self._load, self.taken = np.array([link]), (np.array([rate]), np.array([float(flows)])), 0.0
 
     def load(self):
