@@ -15,8 +15,8 @@ from twin.spec.load import load_cluster
 def test_products_with_lone_ranks_are_products() -> None:
     rng = np.random.default_rng(0)
     matrix = rng.random((7, 4))
-    lone, many = (np.eye(4), np.diag([1.0, 0.0, 2.0, 3.0])), (rng.random((4, 4)), np.repeat(np.eye(2), 2, axis=0), np.ones((4, 1)))
-    for square in (*lone, *many):
+    lone = (np.eye(4), np.diag([1.0, 0.0, 2.0, 3.0]))
+    for square in (*lone, rng.random((4, 4)), np.repeat(np.eye(2), 2, axis=0), np.ones((4, 1))):
         assert through(matrix, square) == pytest.approx(matrix @ square, rel=1e-12)
 
 
