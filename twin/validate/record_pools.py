@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -140,8 +140,6 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
         away = moved(phase, said.eplb, prompts * dp / (2 if pool.tbo else 1))
         layout = expert_loads(model, ep, redundant, domains, away, said.eplb)
     costs = CostModel(model, cluster, plan, pool, profile=evidence())
-    if said.drafts and not said.drafted:  # nobody drafted: neither a pass nor a scheduler that waits for it
-        costs = CostModel(model, cluster, plan, pool, profile=evidence(), engine=replace(costs.site.engine, draft_seq_host_s=0.0))
     if layout is not None:
         costs = costs.relaid(*layout)
     if phase == "prefill":

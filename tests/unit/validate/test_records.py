@@ -1,0 +1,173 @@
+"""Published records: words as people write them, deployments nobody has published, and what must hold of any answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twin.spec.errors import SpecError
+from twin.validate.record_comm import exchange_latency, kv_transfer, logical_bandwidth
+from twin.validate.record_kinds import ANSWERS, kind_of
+from twin.validate.record_pools import asked, expert_loads, moved, rank_excess, redundant_slots
+from twin.validate.record_words import Found, cluster_of, model_named, number, precision_of_record, preset_of, ranks_of, stated
+from twin.validate.records import Judged, _judge, overlap_gains, summarise_records
+from twin.validate.words import model_of
+
+DECODE = {"metric": "output_throughput", "unit": "tok/s/GPU", "phase": "decode", "isl": 2000, "osl": 100, "batch_per_gpu": 128}
+PREFILL = {"metric": "input_throughput", "unit": "tok/s/GPU", "phase": "prefill", "isl": 4096, "batch_per_gpu": "16384 tok/GPU"}
+WIDE = {"model": "deepseek-r1", "gpu": "H100-80G", "ep": 72, "features": {"TBO": True, "EPLB": True, "redundant_experts": 32}}
+
+
+def value(record: dict[str, Any]) -> float:
+    found = ANSWERS[kind_of(record)](record)
+    assert isinstance(found, Found), found
+    assert 0 < found.low <= found.value <= found.high
+    return found.value
+
+
+@pytest.mark.parametrize(("text", "preset"), [("NVIDIA H200 141GB", "h200"), ("H20-96G", "h20-96g"), ("H20-3e", "h20-141g"),
+                                              ("GB200 NVL72", "gb200-nvl72"), ("8xH100 SXM", "h100"), ("SM100 CX7", "b200")])
+def test_gpus_are_known_by_the_names_people_write(text: str, preset: str) -> None:
+    assert preset_of({"gpu": text}) == preset
+
+
+@pytest.mark.parametrize(("text", "model"), [("deepseek-v3/r1", "deepseek-v3"), ("DeepSeek-R1 (0528)", "deepseek-r1"),
+                                             ("Kimi K2 Instruct", "kimi-k2"), ("zai-org/GLM-4.6-FP8", "glm-4.5"),
+                                             ("Qwen/Qwen3-235B-A22B-Instruct-2507-FP8", "qwen3-235b-a22b-fp8")])
+def test_models_are_known_by_the_names_people_write(text: str, model: str) -> None:
+    found = model_named({"model": text})
+    assert (found.hidden, found.layers) == (model_of(model).hidden, model_of(model).layers)
+
+
+def test_what_is_not_known_says_so() -> None:
+    for record in ({**DECODE, **WIDE, "gpu": "Ascend 910C"}, {**DECODE, **WIDE, "model": "mystery-9t"}):
+        with pytest.raises(SpecError):
+            asked(record)
+    reason = _judge({**DECODE, "model": "deepseek-r1", "gpu": "H200"}, 0).reason
+    assert "without its deployment" in reason
+
+
+def test_sizes_networks_and_formats() -> None:
+    assert [number(text) for text in ("16384 tok/GPU", "16k", "1,024", 256)] == [16384, 16384, 1024, 256]
+    four = cluster_of({"gpu": "H20", "network": "4x400Gb RDMA"}, 16).network
+    efa = cluster_of({"gpu": "H200", "network": "EFA 16x200Gb p5en"}, 16).network
+    assert (four.nics_per_node, four.nic_bytes_per_s) == (4, 50e9) and efa.nics_per_node * efa.nic_bytes_per_s == 400e9
+    assert precision_of_record({"precision": "NVFP4 MoE, FP8 KV"}).experts == "fp4"
+    assert precision_of_record({"precision": "BF16"}).weights == "bf16"
+    assert ranks_of({"gpus": 32, "tp": 2, "dp": 16, "ep": 32}) == (16, 2, 32) and ranks_of({"gpus": 96}) == (96, 1, 96)
+    assert [redundant_slots(e, ep, r) for e, ep, r in ((256, 72, 32), (256, 56, 32), (384, 96, 0), (160, 144, 0))] == \
+        [32, 24, 0, 128]
+
+
+def test_drafts_and_their_acceptance() -> None:
+    said = stated({"features": {"MTP": "simulated, accept 60%, 256 tok/GPU/step"}}, "decode", 72)
+    assert (said.drafts, said.drafted, said.acceptance) == (1, False, 0.6)
+    assert stated({"features": {"MTP": 3}, "note": "accepted 0.85"}, "decode", 8).drafts == 3
+    assert stated({"features": {"MTP": False}}, "decode", 72).drafts == 0
+    drafted, simulated = ({**DECODE, **WIDE, "features": {**WIDE["features"], "MTP": kind}} for kind in (1, "simulated"))
+    assert value({**simulated, "note": "accept 70%"}) > value({**drafted, "note": "accept 70%"}) > value({**DECODE, **WIDE})
+
+
+SHAPES = [("Kimi K2", "H200", 96), ("qwen3-235b-a22b-fp8", "H100", 16), ("deepseek-r1", "GB200 NVL72", 56),
+          ("deepseek-r1", "H20", 16), ("glm-4.5", "H800", 32), ("deepseek-v3", "H800", 144), ("deepseek-v3", "B200", 8)]
+
+
+@pytest.mark.parametrize(("model", "gpu", "ep"), SHAPES)
+def test_decode_of_any_shape_grows_with_its_batch_inside_the_roofline(model: str, gpu: str, ep: int) -> None:
+    last_rate = last_s = 0.0
+    for batch in (8, 32, 128, 512):
+        ask = asked({**DECODE, "model": model, "gpu": gpu, "ep": ep, "batch_per_gpu": batch, "features": {"EPLB": True}})
+        step = ask.step()
+        rate, hardware = ask.tokens / step.total_s, ask.costs.site.gpu
+        assert rate > last_rate and step.total_s > last_s
+        kv_s = batch * 2050 * ask.costs.model.kv_bytes_per_token("bf16") / hardware.hbm_bytes_per_s
+        flop_s = 2 * ask.costs.model.active_params * batch / (hardware.fp8_flop_per_s or hardware.bf16_flop_per_s)
+        assert step.total_s > max(kv_s, flop_s)
+        last_rate, last_s = rate, step.total_s
+
+
+@pytest.mark.parametrize(("model", "gpu", "ep"), [s for s in SHAPES if s[1] in ("H200", "H100", "B200", "H800")])
+def test_prefill_of_any_shape_is_inside_the_roofline(model: str, gpu: str, ep: int) -> None:
+    rates = []
+    for tokens in (2048, 16384):
+        ask = asked({**PREFILL, "model": model, "gpu": gpu, "ep": ep, "batch_per_gpu": tokens})
+        rates.append(ask.tokens / ask.step().total_s)
+        assert rates[-1] * 2 * ask.costs.model.active_params < 0.75 * ask.costs.site.gpu.fp8_flop_per_s
+    assert rates[1] > 0.95 * rates[0]
+
+
+def test_units_of_throughput() -> None:
+    gpu, node, user, whole = (value({**DECODE, **WIDE, "gpus": 72, "unit": f"tok/s{per}"})
+                              for per in ("/GPU", "/node", "/user", ""))
+    assert (node, user, whole) == (pytest.approx(8 * gpu), pytest.approx(gpu / 128), pytest.approx(72 * gpu))
+    itl = value({**DECODE, **WIDE, "metric": "itl", "unit": "ms"})
+    assert itl == pytest.approx(1e3 / user)
+
+
+def test_overlap_gains_are_read_from_pairs_and_asked_alone() -> None:
+    pair = [{**DECODE, **WIDE, "id": str(tbo), "value": speed, "features": {**WIDE["features"], "TBO": tbo}}
+            for tbo, speed in ((True, 2150), (False, 1875))]
+    gain, = summarise_records([_judge(record, 0) for record in pair])["overlap_gains"]
+    assert gain["published"] == pytest.approx(2150 / 1875 - 1) and abs(gain["error"]) < 0.2
+    asked_alone = value({**WIDE, **{k: DECODE[k] for k in ("isl", "osl", "batch_per_gpu")}, "phase": "decode",
+                         "metric": "tbo_gain", "unit": "fraction"})
+    assert asked_alone == pytest.approx(gain["predicted"], rel=1e-6)
+    small = {**WIDE, "phase": "decode", "isl": 2000, "batch_per_gpu": 32, "metric": "tbo_speedup", "unit": "ratio"}
+    assert value(small) < 1
+    lone = Judged("x", "throughput", "output_throughput", "tok/s", 1.0, None)
+    assert overlap_gains([lone]) == []
+
+
+def test_experts_are_more_even_with_eplb_on_fewer_ranks_and_in_batches_of_many_prompts() -> None:
+    model = model_of("deepseek-v3")
+    def excess(ep: int, eplb: bool, prompts: float) -> float:
+        loads = expert_loads(model, ep, 32 * eplb, max(1, ep // 8), moved("prefill", eplb, prompts), eplb)
+        return float(np.mean(rank_excess(*loads)))
+    assert 1 < excess(8, True, 1e9) < excess(32, True, 1e9) < excess(32, False, 1e9)
+    assert excess(32, True, 1e9) < excess(32, True, 64)
+    assert moved("decode", True, 1) == 0.10 and moved("decode", False, 1) == 0
+    perfect, published = (value({**PREFILL, **WIDE, "ep": 32, "note": note}) for note in ("simulated perfect balance", ""))
+    assert perfect > published
+
+
+def test_layer_parts_of_a_step() -> None:
+    def part(name: str, tbo: bool, phase: str = "decode") -> float:
+        base = DECODE if phase == "decode" else PREFILL
+        return value({**base, **WIDE, "ep": 32, "features": {"TBO": tbo, "EPLB": True}, "unit": "ms/layer",
+                      "metric": f"{phase}_layer_time_{name}"})
+    parts = ("dispatch", "combine", "moe_gemm", "attention_core", "other_gemm", "other")
+    assert sum(part(name, False) for name in parts) == pytest.approx(part("overall", False), rel=0.03)
+    assert part("combine", True) < part("combine", False)
+    assert part("combine_barrier", False, "prefill") > part("dispatch_barrier", False, "prefill")
+    judged = _judge({**DECODE, **WIDE, "metric": "decode_layer_time_comm_launch", "unit": "ms"}, 0)
+    assert judged.found is None and "not parts of their own" in judged.reason
+
+
+EXCHANGE = {"model": "deepep-microbench", "topk": 8, "experts": 256, "hidden": 7168, "tokens_per_gpu": 128, "date": "2025-06-05"}
+
+
+def test_single_exchanges() -> None:
+    def microseconds(**changes: Any) -> float:
+        found = exchange_latency({**EXCHANGE, "gpu": "H200", "ep": 8, "metric": "dispatch_latency", **changes})
+        assert isinstance(found, Found)
+        return found.value
+    assert microseconds(tokens_per_gpu=1, hidden=2048) < microseconds(tokens_per_gpu=1, hidden=7168)
+    assert microseconds(gpu="H800") > microseconds() > microseconds(gpu="B200")
+    assert microseconds(date="2025-02-25") > 1.5 * microseconds() == 1.5 * microseconds(date="2025")
+    both = microseconds(metric="dispatch+combine_latency")
+    assert both == pytest.approx(microseconds() + microseconds(metric="combine_latency"))
+    inside = logical_bandwidth({**EXCHANGE, "gpu": "SM100 NVLink", "ep": 8, "metric": "dispatch_logical_bandwidth"})
+    across = logical_bandwidth({**EXCHANGE, "gpu": "SM100 CX7", "ep": 32, "metric": "dispatch_logical_bandwidth"})
+    assert isinstance(inside, Found) and isinstance(across, Found)
+    assert inside.value == pytest.approx(643, rel=0.1) and across.value == pytest.approx(61, rel=0.1)
+
+
+def test_kv_of_a_model_and_a_prompt_is_worth_more_than_a_rounded_size() -> None:
+    record = {"model": "qwen3-8b", "gpu": "H800", "tp": 8, "isl": 32768, "network": "8xCX7 RoCE", "metric": "kv_transfer_time"}
+    exact, rounded = kv_transfer(record), kv_transfer({**record, "model": None, "kv_mb": 4608})
+    assert isinstance(exact, Found) and isinstance(rounded, Found)
+    assert exact.value == pytest.approx(rounded.value, rel=0.01)
+    slow = kv_transfer({"size_bytes": 2**32, "network": "200Gb/s", "metric": "kv_transfer_time"})
+    assert isinstance(slow, Found) and slow.value == pytest.approx(360, rel=0.1)
