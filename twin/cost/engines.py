@@ -143,4 +143,4 @@ def wide_engine_of(name: str, gpu: GpuSpec) -> Engine:
     whatever the experts do) and nothing else of the fits inside one node."""
     fitted = FITS.get((name, generation(gpu)), {})
     return replace(engine_of(name), products_scale=fitted.get("products_scale", 1.0), late_s=_WIDE_LATE_S,
-                   late_share=_WIDE_LATE_SHARE, tbo_compute_slowdown=_WIDE_TBO_SLOWDOWN)
+                   late_share=_WIDE_LATE_SHARE, tbo_compute_slowdown=_WIDE_TBO_SLOWDOWN, draft_seq_host_s=0.0)
