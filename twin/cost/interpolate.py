@@ -85,6 +85,7 @@ class Curve:
         self._logs = tuple(np.log(k) for k in knots)
         self._lists = [axis.tolist() for axis in self._logs]
         self._rows = log_seconds.tolist()
+        self._estimates: dict[tuple[float, float | None], Estimate] = {}
 
     def __call__(self, x: float, y: float | None = None) -> float:
         """Seconds at a point; `y` where there are two axes."""
@@ -113,7 +114,13 @@ class Curve:
         return self._read(self._half, x, y)
 
     def estimate(self, x: float, y: float | None = None) -> Estimate:
-        """Seconds with interval and source at one point."""
+        """Seconds with interval and source at one point; kept, as every model of a search asks for the same few."""
+        if (x, y) not in self._estimates:
+            self._estimates[x, y] = self.estimate_once(x, y)
+        return self._estimates[x, y]
+
+    def estimate_once(self, x: float, y: float | None = None) -> Estimate:
+        """As `estimate`, and not kept: for many points that nobody asks for again."""
         point = [np.asarray(float(x))] + ([] if y is None else [np.asarray(float(y))])
         log_s, half = float(self._read(self._log_s, *point)), float(self._read(self._half, *point))
         kind = float(self._read(self._kind, *point))
@@ -183,7 +190,7 @@ class Interpolator:
         point = [float(values[name]) for name in free]
         if values.get("past_tokens"):
             point[-1] = float(equivalent_tokens(point[-1], values["past_tokens"], values.get("window", 0)))
-        found = curve.estimate(*point)
+        found = curve.estimate_once(*point)
         if not values.get("past_tokens"):
             return found
         floor_s = float(self.peaks.roofline_s(operator, {**_DEFAULTS, **values}, attrs or {}))
