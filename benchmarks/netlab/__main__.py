@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.netlab.cases import LABS
 from benchmarks.netlab.lab import LabError, alone, go_first, remove_all, require
+from benchmarks.netlab.schedule import Constants
 from benchmarks.netlab.study import fit, halves, measure, rows, summary
 from twin.spec.rundir import write_text
 
@@ -26,8 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of cases and of the halves")
     parser.add_argument("--labs", type=int, nargs="*", help="only these labs, by number; default: all")
     parser.add_argument("--no-pd", action="store_true", help="leave out the whole runs with separate prefill and decode")
+    parser.add_argument("--again", action="store_true",
+                        help="measure nothing: have the simulator predict the whole runs of --out again")
     parser.add_argument("--clean", action="store_true", help="only remove what an earlier run left standing")
     asked = parser.parse_args(arguments)
+    if asked.again:
+        return _again(asked.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that labs are taken down
     try:
         require()
@@ -69,6 +74,16 @@ def _study(asked: argparse.Namespace) -> int:
     print(json.dumps({key: result[key] for key in ("constants", "summary", "wall_s")}, indent=1))
     _print_pd(result.get("pd", []))
     say(f"wrote {asked.out}")
+    return 0
+
+
+def _again(out: Path) -> int:
+    from benchmarks.netlab.pd import predict_again
+
+    result = json.loads(out.read_text(encoding="utf-8"))
+    result["pd"] = predict_again(result["pd"], Constants(**result["constants"]), result["seed"])
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    _print_pd(result["pd"])
     return 0
 
 

@@ -174,16 +174,28 @@ def fit_steps(steps: Sequence[Step], pool: int, exchange: tuple[float, float]) -
     return {"step": float(fixed), "mean_prefill_tokens" if pool == 0 else "mean_decode_seqs": float(each)}
 
 
+def predict_again(runs: Sequence[Json], constants: Constants, seed: int) -> list[Json]:
+    """Results of `study_pd` with what the simulator says now in the place of what it said then."""
+    return [{**run, "compared": _errors(
+        _pick(predict(make_scenario(LabSpec(**run["shape"]), run["users"], seed), run["engine_lines"], run["away_share"],
+                      constants)),
+        {name: pair["measured"] for name, pair in run["compared"].items()})} for run in runs]
+
+
 def compare(predicted: Any, measured: Any) -> dict[str, Json]:
     """Predicted against measured numbers of a run."""
-    def pick(result: Any) -> dict[str, float]:
-        moved = next(pool.kv_transfer_s for pool in result.pools if pool.role == "prefill")
-        return {"output_tok_per_s": result.throughput.output_tok_per_s, "ttft_mean_s": result.latencies.ttft_s.mean,
-                "tpot_mean_s": result.latencies.tpot_s.mean, "e2e_mean_s": result.latencies.e2e_s.mean,
-                "kv_transfer_mean_s": moved.mean if moved is not None else float("nan"),
-                "prefill_step_s": result.pools[0].step_s.mean, "decode_step_s": result.pools[1].step_s.mean}
+    return _errors(_pick(predicted), _pick(measured))
 
-    mine, theirs = pick(predicted), pick(measured)
+
+def _pick(result: Any) -> dict[str, float]:
+    moved = next(pool.kv_transfer_s for pool in result.pools if pool.role == "prefill")
+    return {"output_tok_per_s": result.throughput.output_tok_per_s, "ttft_mean_s": result.latencies.ttft_s.mean,
+            "tpot_mean_s": result.latencies.tpot_s.mean, "e2e_mean_s": result.latencies.e2e_s.mean,
+            "kv_transfer_mean_s": moved.mean if moved is not None else float("nan"),
+            "prefill_step_s": result.pools[0].step_s.mean, "decode_step_s": result.pools[1].step_s.mean}
+
+
+def _errors(mine: dict[str, float], theirs: dict[str, float]) -> dict[str, Json]:
     return {name: {"predicted": round(mine[name], 6), "measured": round(theirs[name], 6),
                    "error": round(mine[name] / theirs[name] - 1, 4)} for name in mine}
 
