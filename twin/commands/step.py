@@ -19,7 +19,7 @@ from twin.cost.profile import gpu_key
 from twin.spec.errors import SpecError
 from twin.spec.load import load_model
 from twin.spec.scenario import Routing
-from twin.validate.step import Case, Pair, predict, read_measured, summary
+from twin.validate.step import Case, Pair, predict, read_measured, summary, too_large
 
 _RUN_LIMIT_S = 1200
 _ROUTING = "even, zipf:ALPHA, lognormal:SIGMA, or a file of expert loads (CSV, JSON)"
@@ -80,7 +80,9 @@ def step(model: str | None, batches: tuple[int, ...], contexts: tuple[int, ...],
         shared = {**sizes, "gpu": gpu or "h200", "routing": routing or Routing()}
         spec = load_model(model)
         cases = [Case(spec, batch=b, context=c, **shared) for b in batches for c in contexts]
-        measured, word = _run(cases, model) if may_run else ({}, "not run: --no-run")
+        large = next((text for text in map(too_large, cases) if text), None)
+        measured, word = ({}, f"not run: does not fit a {cases[0].gpu}: {large}") if large else \
+            _run(cases, model) if may_run else ({}, "not run: --no-run")
         pairs = [Pair(case, predict(case, evidence), measured.get((case.batch, case.context))) for case in cases]
     if as_json:
         click.echo(json.dumps({"pairs": [pair.plain() for pair in pairs], "summary": summary(pairs), "note": word}, indent=1))

@@ -20,7 +20,7 @@ from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
 from twin.cost.profile import gpu_key
 from twin.spec.base import Dtype
-from twin.spec.errors import SpecError
+from twin.spec.errors import Infeasible, SpecError
 from twin.spec.load import load_cluster, load_model
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan, Precision
@@ -113,18 +113,32 @@ class Pair:
 
 def predict(case: Case, evidence: Evidence | None) -> StepCost:
     """Seconds of the step in parts, with sources and an 80% interval. Raises SpecError for sizes that do not go together."""
+    cost = _cost(case, evidence)
+    if case.phase == "decode":
+        return cost.step(StepBatch.decode([case.batch], [case.batch * case.context]))
+    return cost.step(StepBatch.prefill([case.batch * case.context], seqs=[case.batch]))
+
+
+def too_large(case: Case) -> str | None:
+    """Why the rank's GPU cannot hold the step; None where it can."""
+    try:
+        room = _cost(case, None).memory().kv_tokens
+    except Infeasible as short:
+        return str(short)
+    asked = case.batch * case.context
+    return f"the KV cache has room for {room} tokens of {asked}" if asked > room else None
+
+
+def _cost(case: Case, evidence: Evidence | None) -> CostModel:
     if case.model.moe is None and case.ep > 1:
         raise SpecError(f"{case.model.name} has no experts", field="ep", expected="1")
     pool = PoolPlan(role="mixed", dp=case.ranks, tp=case.tp, ep=case.ep, redundant_experts=case.redundant,
-                    max_num_seqs=case.batch, max_batch_tokens=max(case.batch, case.batch * case.context))
+                    max_num_seqs=case.batch, max_batch_tokens=case.batch * (case.context if case.phase == "prefill" else 1))
     precision = Precision(weights=case.precision, experts=case.precision, kv="bf16", dispatch="bf16")
     plan = Plan(pools=(pool,), precision=precision, engine="eptwin")
     gpus = case.ranks * case.tp
     cluster = load_cluster(f"{case.gpu}-{-(-gpus // _NODE)}x{_NODE}")
-    cost = CostModel(case.model, cluster, plan, pool, routing=case.routing, profile=evidence, alone=case.alone)
-    if case.phase == "decode":
-        return cost.step(StepBatch.decode([case.batch], [case.batch * case.context]))
-    return cost.step(StepBatch.prefill([case.batch * case.context], seqs=[case.batch]))
+    return CostModel(case.model, cluster, plan, pool, routing=case.routing, profile=evidence, alone=case.alone)
 
 
 def phase_seconds(parts_s: dict[str, float]) -> dict[str, float]:

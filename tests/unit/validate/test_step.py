@@ -17,7 +17,7 @@ from twin.cost.evidence import Evidence
 from twin.spec.errors import SpecError
 from twin.spec.load import load_model
 from twin.spec.scenario import Routing
-from twin.validate.step import PHASES, Case, Pair, phase_seconds, predict, read_measured, summary
+from twin.validate.step import PHASES, Case, Pair, phase_seconds, predict, read_measured, summary, too_large
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 QWEN = load_model("qwen3-30b-a3b")
@@ -61,6 +61,15 @@ def test_a_rank_alone_copies_and_an_instance_exchanges(evidence: Evidence) -> No
     assert {"moe/dispatch/rdma", "host/overhead"} <= set(whole.parts_s) and "moe/dispatch/copy" not in whole.parts_s
     assert whole.parts_s["moe/experts"] + whole.parts_s.get("moe/permute", 0.0) > 0
     assert not Case(**{**case, "tp": 2}).alone, "TP ranks need each other"
+
+
+def test_what_no_gpu_can_hold_is_told() -> None:
+    asked = {"phase": "decode", "batch": 64, "context": 2048}
+    assert too_large(Case(QWEN, **asked)) is None
+    assert too_large(Case(QWEN, **{**asked, "context": 400_000})) is not None
+    assert too_large(Case(load_model("deepseek-r1"), **asked)) is not None  # its weights
+    shown = CliRunner().invoke(cli, ["validate", "step", "--model", "deepseek-r1", "--batch", "1", "--context", "9"])
+    assert shown.exit_code == 0 and "does not fit a h200" in shown.stderr and "predicted" in shown.stdout
 
 
 def test_a_layer_less_is_a_layer_less(evidence: Evidence, tmp_path: Path) -> None:
