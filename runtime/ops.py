@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,13 @@ class Router:
     narrow_EH: torch.Tensor | None = None
 
 
+class Norm(NamedTuple):
+    """An RMS norm: gain [H] and epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
 class TorchOps:
     """Reference operators. Padded slots (-1) are not understood here: the eager path makes none."""
 
@@ -79,6 +87,28 @@ class TorchOps:
         """(norm of the sum, the sum) of x and the residual stream, which may be overwritten. None adds nothing."""
         total = residual_TH if x_TH is None else residual_TH + x_TH
         return self.rms_norm(total, weight, eps), total
+
+    def norm_linear(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, weight: Weight,
+                    bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(`linear` of `add_norm`, the sum)."""
+        normed, residual_TH = self.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
+        return self.linear(normed, weight, bias), residual_TH
+
+    def linear_add(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None,
+                   residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(`linear`, the residual stream that it is yet to be added to), or (None, their sum)."""
+        return self.linear(x, weight, bias), residual_TH
+
+    def norm_route(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, router: Router, moe: MoE,
+                   slots_T: torch.Tensor, load_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(`add_norm`, the sum, and what `route` makes of the norm: ids, weights)."""
+        normed, residual_TH = self.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
+        return normed, residual_TH, *self.route(normed, router, moe, slots_T, load_E)
+
+    def experts_add(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, w: ExpertWeights,
+                    limit: float | None, residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(`experts`, the residual stream that it is yet to be added to), or (None, their sum)."""
+        return self.experts(x_TH, slots_TK, weights_TK, w, limit), residual_TH
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x weight' + bias."""
@@ -217,9 +247,14 @@ class TorchOps:
         return (up + 1) * gate * torch.sigmoid(gate * SWIGLU_ALPHA)
 
     def experts(self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, w: ExpertWeights,
-                limit: float | None, out_NH: torch.Tensor | None = None) -> torch.Tensor:
+                limit: float | None, out_NH: torch.Tensor | None = None,
+                scale_N: torch.Tensor | None = None) -> torch.Tensor:
         """y_N = sum over K of weight * expert(x); choices with a slot outside 0..E-1 add nothing. `out_NH` may be filled and
-        returned."""
+        returned. With `scale_N`, x is fp8 with a scale a row, and `out_NH` is given."""
+        if scale_N is not None:
+            assert out_NH is not None
+            came = ((slots_NK >= 0) & (slots_NK < w.w13.shape[0])).any(1)  # other rows may hold anything
+            x_NH = torch.where(came[:, None], x_NH.float() * scale_N[:, None], 0.0).to(out_NH.dtype)
         n_slots, choices = w.w13.shape[0], slots_NK.shape[1]
         w13, w2 = _wide(w.w13, w.s13, x_NH.dtype), _wide(w.w2, w.s2, x_NH.dtype)
         flat = slots_NK.flatten()
@@ -290,6 +325,6 @@ def ops_for(backend: str) -> TorchOps:
     if backend == "torch":
         return TorchOps()
     if backend == "triton":
-        ops: TorchOps = import_module("runtime.triton_ops").TritonOps()
+        ops: TorchOps = import_module("runtime.few_rows").FewRowsOps()
         return ops
     raise SpecError(f"backend {backend[:40]!r} is unknown", field="backend", expected="torch or triton")

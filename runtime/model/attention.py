@@ -17,13 +17,14 @@ import torch
 from runtime.batch import StepInput
 from runtime.layout import RankLayout
 from runtime.model.rope import softmax_scale
-from runtime.ops import TorchOps, Weight
+from runtime.ops import Norm, TorchOps, Weight
 from runtime.quantise import weight_of
 from twin.spec.model import ModelSpec
 
 
 def make_attention(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.Tensor], ops: TorchOps) -> Gqa | Mla:
-    """Layer i's attention. Called with (x_TH, step, cache, angles_PA); returns this rank's partial sum [T, H]."""
+    """Layer i's attention. Called with (x_TH, residual_TH, norm, step, cache, angles_PA), x being what is yet to be added to the
+    residual stream (None: nothing); returns the same pair, x now this rank's partial sum [T, H]."""
     if model.attention.kind == "mla":
         return _make_mla(model, at, i, params, ops)
     a = model.attention
@@ -31,12 +32,12 @@ def make_attention(model: ModelSpec, at: RankLayout, i: int, params: dict[str, t
     norms = (params[f"{i}.q_norm"], params[f"{i}.k_norm"]) if a.qk_norm else None
     return Gqa(ops, weight_of(params, f"{i}.qkv"), params.get(f"{i}.qkv_bias"), weight_of(params, f"{i}.out"),
                params.get(f"{i}.out_bias"), norms, params.get(f"{i}.sinks"), a.heads // at.tp,
-               softmax_scale(a.rope, a.head_dim), window, a.rope.interleaved, model.norm_eps)
+               softmax_scale(a.rope, a.head_dim), window, a.rope.interleaved, model.norm_eps, at.tp == 1)
 
 
 @dataclass(frozen=True)
 class Gqa:
-    """Grouped-query attention over a paged cache [blocks, 2, block_tokens, G, D]."""
+    """Grouped-query attention over a paged cache [blocks, 2, block_tokens, G, D]. `alone`: all heads are here."""
 
     ops: TorchOps
     qkv: Weight
@@ -50,13 +51,15 @@ class Gqa:
     window: int | None
     interleaved: bool
     eps: float
+    alone: bool = False
 
-    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_PA: torch.Tensor) -> torch.Tensor:
-        qkv = self.ops.linear(x_TH, self.qkv, self.qkv_bias)
+    def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
+                 angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        qkv, residual_TH = self.ops.norm_linear(x_TH, residual_TH, norm, self.qkv, self.qkv_bias)
         q, k, v = self.ops.rope_store(qkv, cache, step, angles_PA, heads=self.heads, norms=self.norms, eps=self.eps,
                                       interleaved=self.interleaved)
         y = self.ops.attention(q, cache, step, scale=self.scale, window=self.window, sinks_Q=self.sinks, fresh=(k, v))
-        return self.ops.linear(y.flatten(1), self.out, self.out_bias)
+        return _project(self, y, residual_TH)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ class Mla:
     scale: float
     interleaved: bool
     eps: float
+    alone: bool = False
 
-    def __call__(self, x_TH: torch.Tensor, step: StepInput, cache: torch.Tensor, angles_PA: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
+                 angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        x_TH, residual_TH = self.ops.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
         heads, nope, _ = self.key_up.shape
         latent = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias)
         q, _ = self.ops.mla_rope_store(self._query(x_TH).unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
@@ -93,7 +99,7 @@ class Mla:
             parts.append(self._prefill(q_nope[row:stop], q_rope[row:stop], self.ops.mla_context(cache, step, i)))
             row = stop
         y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x_TH.new_empty(0, heads, self.value_up.shape[1])
-        return self.ops.linear(y.flatten(1), self.out, self.out_bias)
+        return _project(self, y, residual_TH)
 
     def _query(self, x_TH: torch.Tensor) -> torch.Tensor:
         linear = self.ops.linear
@@ -119,6 +125,13 @@ class Mla:
         return self.ops.causal_attention(torch.cat([q_nope, q_rope], -1), k, v, scale=self.scale)
 
 
+def _project(a: Gqa | Mla, y_TQD: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The output projection; where no other rank has a part of the sum, it may be added to the stream at once."""
+    if a.alone:
+        return a.ops.linear_add(y_TQD.flatten(1), a.out, a.out_bias, residual_TH)
+    return a.ops.linear(y_TQD.flatten(1), a.out, a.out_bias), residual_TH
+
+
 def _make_mla(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.Tensor], ops: TorchOps) -> Mla:
     a = model.attention
     assert a.qk_nope_head_dim is not None
@@ -128,4 +141,4 @@ def _make_mla(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.
     return Mla(ops, q_down, params.get(f"{i}.q_down_bias"), params.get(f"{i}.q_norm"), weight_of(params, f"{i}.q_up"),
                weight_of(params, f"{i}.kv_down"), params.get(f"{i}.kv_down_bias"), params[f"{i}.kv_norm"], key_up, value_up,
                weight_of(params, f"{i}.out"), params.get(f"{i}.out_bias"), softmax_scale(a.rope, a.head_dim), a.rope.interleaved,
-               model.norm_eps)
+               model.norm_eps, at.tp == 1)

@@ -36,7 +36,7 @@ class Mtp:
         stream_TH = ops.linear(both, self._join)
         stages = self.layer.stages(main.rig, None, stream_TH, step, cache, main.angles_PA, capacity)
         x_TH, stream_TH = drive([stages])[0]
-        return stream_TH + x_TH
+        return stream_TH if x_TH is None else stream_TH + x_TH
 
     def logits(self, states_RH: torch.Tensor) -> torch.Tensor:
         """Logits fp32 [R, V] of the tokens after the next, the same on all TP ranks."""

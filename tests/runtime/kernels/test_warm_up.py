@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
