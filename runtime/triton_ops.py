@@ -143,14 +143,16 @@ class TritonOps(TorchOps):
         return super().gated(gate_up, limit)
 
     def experts(self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, w: ExpertWeights,
-                limit: float | None, out_NH: torch.Tensor | None = None) -> torch.Tensor:
+                limit: float | None, out_NH: torch.Tensor | None = None,
+                scale_N: torch.Tensor | None = None) -> torch.Tensor:
         if not len(x_NH):
             return x_NH
         # rows of one choice came expert by expert, all of them ours; rows of many chose among all slots of the instance
         spread = w.slots if slots_NK.shape[1] > 1 and w.slots else None
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
-                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH)
+                         limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH,
+                         x_scale_T=scale_N)
 
 
 def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:

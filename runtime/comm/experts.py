@@ -32,6 +32,8 @@ class Dispatched:
     handle: Any = None
     out_NH: torch.Tensor | None = None
     """Where results [N, H] may be written so that `combine` need not move them."""
+    scale_N: torch.Tensor | None = None
+    """Of rows that came in fp8, the scale of each: they are widened by who multiplies them."""
 
 
 class ExpertComm(Protocol):
@@ -170,8 +172,8 @@ class Symmetric:
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
         if capacity > self.most:
             return self._large.dispatch(x_TH, slots_TK, weights_TK, capacity)
-        came = self.exchange.widen(self.exchange.dispatch(x_TH, slots_TK, weights_TK, capacity))
-        return Dispatched(came.x_NH, came.slots_NK, came.weights_NK, came, came.out_NH)
+        came = self.exchange.dispatch(x_TH, slots_TK, weights_TK, capacity)
+        return Dispatched(came.x_NH, came.slots_NK, came.weights_NK, came, came.out_NH, came.scale_N)
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
         if isinstance(arrived.handle, tuple):

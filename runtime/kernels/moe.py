@@ -63,6 +63,7 @@ def fused_moe(
     tiles: Tiles | None = None,
     all_experts: int | None = None,
     out_TH: torch.Tensor | None = None,
+    x_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_TH = sum over a token's local choices of weight * (act(x w13' + b13) w2' + b2), in x's dtype, fp32 inside.
 
@@ -70,7 +71,8 @@ def fused_moe(
     gpt-oss's (up + 1) * gate * sigmoid(alpha * gate), gate clamped above and up both ways at `limit`. Weights may be
     float8_e4m3fn with one fp32 scale an output row; activations stay in x's dtype. Choices whose expert is not local
     (`expert_map`, or ids outside 0..E-1) add nothing. `all_experts`: how many the choices are spread over, where that is
-    more than E and there is no map. The result goes into `out_TH` where given. CUDA-graph safe.
+    more than E and there is no map. The result goes into `out_TH` where given. With `x_scale_T`, x is fp8 with a scale a
+    token, read as it is and widened where it is multiplied; `out_TH` must be given and names the dtype. CUDA-graph safe.
     """
     tokens, choices = topk_ids_TK.shape
     experts, hidden = w2_EHI.shape[0], w2_EHI.shape[1]
@@ -81,14 +83,15 @@ def fused_moe(
     else:
         plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
     # fp8 weights become fp16 in one instruction, bf16 in several: there, products are in fp16
-    a_TH = to_half(x_TH) if w13_E2IH.dtype == FP8 else x_TH
+    a_TH = to_half(x_TH) if w13_E2IH.dtype == FP8 and x_scale_T is None else x_TH
+    out_TH = out_like(x_TH, x_scale_T, out_TH)
     h = up_projection(
-        a_TH, w13_E2IH, plan, choices, tiles.up, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I, alpha, limit
+        a_TH, w13_E2IH, plan, choices, tiles.up, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I, alpha, limit,
+        x_scale_T, torch.float16 if w13_E2IH.dtype == FP8 else out_TH.dtype, widen=x_scale_T is not None,
     )
     y = down_projection(
-        h, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, w2_bias_EH, dtype=x_TH.dtype
+        h, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, w2_bias_EH, dtype=out_TH.dtype
     )
-    out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
     sum_choices(y, topk_ids_TK, experts, expert_map, out_TH)
     assert out_TH.shape[1] == hidden
     return out_TH
@@ -107,6 +110,7 @@ def fused_moe_fp8(
     tiles: Tiles | None = None,
     all_experts: int | None = None,
     out_TH: torch.Tensor | None = None,
+    x_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`fused_moe` ("silu_mul") with both products in fp8: activations are quantised row by row, x and h alike.
 
@@ -116,13 +120,19 @@ def fused_moe_fp8(
     experts = w2_EHI.shape[0]
     tiles = tiles or choose_tiles_fp8(tokens * choices, all_experts or _all_experts(experts, expert_map))
     plan = align(topk_ids_TK, experts, tiles.up.m, expert_map)
-    xq, x_scale = quant_fp8_rows(x_TH)
-    h = up_projection(xq, w13_E2IH, plan, choices, tiles.up, 0, w13_scale_E2I, None, 0.0, 0.0, x_scale, x_TH.dtype)
+    out_TH = out_like(x_TH, x_scale_T, out_TH)
+    xq, x_scale = quant_fp8_rows(x_TH) if x_scale_T is None else (x_TH, x_scale_T)
+    h = up_projection(xq, w13_E2IH, plan, choices, tiles.up, 0, w13_scale_E2I, None, 0.0, 0.0, x_scale, out_TH.dtype)
     hq, h_scale = quant_fp8_rows(h)
-    y = down_projection(hq, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, None, h_scale, x_TH.dtype)
-    out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
+    y = down_projection(hq, w2_EHI, plan, topk_weights_TK, tiles.down, w2_scale_EH, None, h_scale, out_TH.dtype)
     sum_choices(y, topk_ids_TK, experts, expert_map, out_TH)
     return out_TH
+
+
+def out_like(x_TH: torch.Tensor, x_scale_T: torch.Tensor | None, out_TH: torch.Tensor | None) -> torch.Tensor:
+    """Where the result goes; fp8 rows do not say in which dtype."""
+    assert x_scale_T is None or out_TH is not None
+    return torch.empty_like(x_TH) if out_TH is None else out_TH
 
 
 def _all_experts(local: int, expert_map: torch.Tensor | None) -> int:
@@ -154,12 +164,13 @@ def choose_tiles_fp8(rows: int, experts: int) -> Tiles:
 def up_projection(
     x_TH: torch.Tensor, w13_E2IH: torch.Tensor, plan: Alignment, choices: int, tile: Tile, activation: int,
     scale_E2I: torch.Tensor | None, bias_E2I: torch.Tensor | None, alpha: float, limit: float,
-    x_scale_T: torch.Tensor | None = None, dtype: torch.dtype | None = None, in_order: bool = False,
+    x_scale_T: torch.Tensor | None = None, dtype: torch.dtype | None = None, in_order: bool = False, widen: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """h_NI: the activated first projection, row by row in (token, choice) order; rows of absent experts not written.
 
     `in_order` gives h_PI in the plan's order instead, with rows that are padding not written. `x` may be fp8 with a
-    scale a token: then the product runs in fp8. `dtype` names h's dtype (x's, unless given), saturated if fp16.
+    scale a token: then the product runs in fp8, or, with `widen`, in the weights' format (fp16 if that is fp8).
+    `dtype` names h's dtype (x's, unless given), saturated if fp16.
     """
     experts, twice, hidden = w13_E2IH.shape
     width, rows = twice // 2, x_TH.shape[0] * choices
@@ -170,7 +181,7 @@ def up_projection(
         scale_E2I if scale_E2I is not None else x_TH, bias_E2I if bias_E2I is not None else x_TH,
         x_scale_T if x_scale_T is not None else x_TH, rows, experts, hidden, width, alpha, limit,
         CHOICES=choices, ACTIVATION=activation, HAS_SCALE=scale_E2I is not None, HAS_BIAS=bias_E2I is not None,
-        HAS_A_SCALE=x_scale_T is not None, IN_ORDER=in_order, DIRECT=plan.direct,
+        HAS_A_SCALE=x_scale_T is not None, WIDEN=widen, IN_ORDER=in_order, DIRECT=plan.direct,
         EVEN_N=width % tile.n == 0, EVEN_K=hidden % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -247,7 +258,7 @@ def _weight_rows(n, width, TWICE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _tile_product(
-    a_rows, a_ok, w, w_row, w_ok, depth, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    a_rows, a_ok, w, w_row, w_ok, depth, WIDEN: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc[m, c] = sum_k a[m, k] w[c, k] in fp32; `a_rows` and `w` point at row starts."""
@@ -263,6 +274,8 @@ def _tile_product(
             inside = k < depth - start
             a = tl.load(a_ptr, mask=a_ok[:, None] & inside[None, :], other=0.0)
             b = tl.load(w_ptr, mask=w_ok[:, None] & inside[None, :], other=0.0)
+        if WIDEN:
+            a = a.to(tl.float16 if b.dtype == tl.float8e4nv else b.dtype)
         acc = tl.dot(a, tl.trans(b.to(a.dtype)), acc)
         a_ptr += BLOCK_K
         w_ptr += BLOCK_K
@@ -273,8 +286,8 @@ def _tile_product(
 def _up_kernel(
     x, w13, h, sorted_rows, expert_ids, num_padded, scale, bias, a_scale, rows, experts, hidden, width, alpha, limit,
     CHOICES: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_A_SCALE: tl.constexpr, IN_ORDER: tl.constexpr, DIRECT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_A_SCALE: tl.constexpr, WIDEN: tl.constexpr, IN_ORDER: tl.constexpr, DIRECT: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # column tiles fastest: programs that run together share rows of x and one expert's weights
     tiles_n = tl.cdiv(width, BLOCK_N)
@@ -287,7 +300,7 @@ def _up_kernel(
     w_row, w_ok = _weight_rows(n, width, True, BLOCK_N)
     acc = _tile_product(
         x + (row // CHOICES).to(tl.int64) * hidden, row < rows, w13 + expert * 2 * width * hidden, w_row, w_ok,
-        hidden, EVEN_N, EVEN_K, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
+        hidden, WIDEN, EVEN_N, EVEN_K, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_A_SCALE:
         acc *= tl.load(a_scale + row // CHOICES, mask=row < rows, other=0.0)[:, None]
@@ -327,7 +340,7 @@ def _down_kernel(
     w_row, w_ok = _weight_rows(n, hidden, False, BLOCK_N)
     acc = _tile_product(
         h + row.to(tl.int64) * width, row < rows, w2 + expert * hidden * width, w_row, w_ok,
-        width, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        width, False, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_A_SCALE:
         acc *= tl.load(a_scale + row, mask=row < rows, other=0.0)[:, None]

@@ -35,6 +35,7 @@ def moe_layer(
     limit: float = 7.0,
     all_experts: int | None = None,
     out_TH: torch.Tensor | None = None,
+    x_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`moe.fused_moe`'s function and arguments, by whichever implementation is fastest at these shapes.
 
@@ -45,13 +46,13 @@ def moe_layer(
     all_experts = all_experts or (expert_map.numel() if expert_map is not None else w2_EHI.shape[0])
     each = topk_ids_TK.numel() / all_experts
     operands = (x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK)
-    scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH}
+    scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH, "x_scale_T": x_scale_T}
     if plain and each > (_GROUPED_ROWS_FP8 if w13_E2IH.dtype == FP8 else _GROUPED_ROWS):
         return prefill_moe(*operands, expert_map=expert_map, out_TH=out_TH, **scales)
     if each > _FP8_ROWS and plain and w13_E2IH.dtype == FP8:
         assert w13_scale_E2I is not None and w2_scale_EH is not None
         return fused_moe_fp8(*operands, expert_map=expert_map, w13_scale_E2I=w13_scale_E2I, w2_scale_EH=w2_scale_EH,
-                             all_experts=all_experts, out_TH=out_TH)
+                             all_experts=all_experts, out_TH=out_TH, x_scale_T=x_scale_T)
     return fused_moe(
         *operands, activation=activation, expert_map=expert_map, w13_bias_E2I=w13_bias_E2I, w2_bias_EH=w2_bias_EH,
         alpha=alpha, limit=limit, all_experts=all_experts, out_TH=out_TH, **scales,

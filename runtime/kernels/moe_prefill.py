@@ -16,7 +16,7 @@ import triton.language as tl
 
 from runtime.kernels.align import align
 from runtime.kernels.fused import FP8, quant_fp8_rows
-from runtime.kernels.moe import ACTIVATIONS, Tile, up_projection
+from runtime.kernels.moe import ACTIVATIONS, Tile, out_like, up_projection
 
 _UP = Tile(128, 128, 64, 8, 4)
 _UP_FP8 = Tile(128, 128, 128, 8, 3)
@@ -37,6 +37,7 @@ def prefill_moe(
     alpha: float = 1.702,
     limit: float = 7.0,
     out_TH: torch.Tensor | None = None,
+    x_scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_TH as `moe.fused_moe`, without a bias of the down projection; meant for 128 rows an expert and more.
 
@@ -46,10 +47,11 @@ def prefill_moe(
     rows, experts, choices = topk_ids_TK.numel(), w2_EHI.shape[0], topk_ids_TK.shape[1]
     plan = align(topk_ids_TK, experts, _UP.m, expert_map)
     fp8 = w13_E2IH.dtype == FP8
-    x, x_scale = quant_fp8_rows(x_TH) if fp8 else (x_TH, None)
+    out_TH = out_like(x_TH, x_scale_T, out_TH)
+    x, x_scale = quant_fp8_rows(x_TH) if fp8 and x_scale_T is None else (x_TH, x_scale_T)
     h_PI = up_projection(
         x, w13_E2IH, plan, choices, _UP_FP8 if fp8 else _UP, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I,
-        alpha, limit, x_scale, x_TH.dtype, in_order=True,
+        alpha, limit, x_scale, out_TH.dtype, in_order=True, widen=x_scale is not None and not fp8,
     )  # fmt: skip
     if fp8:
         assert w2_scale_EH is not None
@@ -58,7 +60,7 @@ def prefill_moe(
     else:
         y_PH = F.grouped_mm(h_PI, w2_EHI.transpose(1, 2), offs=plan.ends)
     place_N = inverse(plan.sorted_rows, plan.num_padded, rows)
-    return weighted_sum(y_PH, place_N, topk_weights_TK, torch.empty_like(x_TH) if out_TH is None else out_TH)
+    return weighted_sum(y_PH, place_N, topk_weights_TK, out_TH)
 
 
 def _scaled_grouped_mm(

@@ -155,7 +155,7 @@ def _destinations(slots, token, slots_per_rank, tokens, CHOICES: tl.constexpr, L
     return lane, chosen, tl.where(tl.sum(earlier.to(tl.int32), 1) == 0, owner, -1)
 
 
-@triton.jit(do_not_specialize_on_alignment=["sent"])
+@triton.jit(do_not_specialize=["tokens", "capacity"], do_not_specialize_on_alignment=["sent"])
 def _push_kernel(
     x, slots, weights, bases, sent, tokens, capacity, hidden, slots_per_rank, me, x_at, scale_at, slots_at, weights_at,
     WORLD: tl.constexpr, EXPERT_TP: tl.constexpr, CHOICES: tl.constexpr, LANES: tl.constexpr, FP8: tl.constexpr,
@@ -209,7 +209,7 @@ def _widen_kernel(x, scale, slots, out, hidden, CHOICES: tl.constexpr, LANES: tl
         tl.store(out + row * hidden + column, value.to(out.dtype.element_ty), mask=column < hidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _hand_back_kernel(
     y, slots, bases, capacity, hidden, me, y_at,
     HOME: tl.constexpr, CHOICES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
@@ -224,7 +224,7 @@ def _hand_back_kernel(
         tl.store(out + place.to(tl.int64) * hidden + column, value, mask=column < hidden)
 
 
-@triton.jit(do_not_specialize_on_alignment=["fetched"])
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["fetched"])
 def _gather_sum_kernel(
     slots, bases, out, fetched, capacity, hidden, slots_per_rank, me, y_at,
     HOME: tl.constexpr, EXPERT_TP: tl.constexpr, CHOICES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,

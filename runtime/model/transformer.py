@@ -234,7 +234,7 @@ class MoeFfn:
         arrived = dispatched()
         mark("experts")
         y_NH = rig.ops.experts(arrived.x_NH, arrived.slots_NK, arrived.weights_NK, self.weights, self.moe.swiglu_limit,
-                                arrived.out_NH)
+                                arrived.out_NH, arrived.scale_N)
         mark("combine")
         combined = rig.exchange.combine(y_NH, arrived)
         yield
