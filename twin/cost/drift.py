@@ -1,4 +1,5 @@
-"""Popularity that changes while a service runs: which experts are popular drifts, how uneven they are does not.
+"""Popularity that changes while a service runs: as it was recorded, or drifting: which experts are popular changes then, how
+uneven they are does not.
 
 Every expert of a layer has a score; the layer's shares are dealt by rank of score. Scores start as normal quantiles of the
 first popularity and wander as stationary normal processes whose correlation with what they were halves in `half_life_s`.
@@ -8,6 +9,7 @@ Legend of shapes: L MoE layers, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -34,8 +36,7 @@ class Drift:
         self._known = [np.asarray(first_LE)]
 
     def epoch(self, time_s: float) -> int:
-        number = int(time_s / self.tick_s)
-        return number - (time_s < number * self.tick_s) + (time_s >= (number + 1) * self.tick_s)  # divisions round
+        return whole_ticks(time_s, self.tick_s)
 
     def next_s(self, epoch: int) -> float:
         """When the epoch after this one begins."""
@@ -50,6 +51,30 @@ class Drift:
             ranks = np.argsort(np.argsort(self._scores_LE, axis=1, kind="stable"), axis=1)
             self._known.append(np.take_along_axis(self._shares_LE, ranks, axis=1))
         return self._known[epoch]
+
+
+class Recorded:
+    """Popularity as windows of a recording had it, [L, E] each; the last one stays."""
+
+    def __init__(self, windows: Sequence[Array], window_s: float) -> None:
+        self.tick_s, self._windows = window_s, windows
+
+    def epoch(self, time_s: float) -> int:
+        return min(whole_ticks(time_s, self.tick_s), len(self._windows) - 1)
+
+    def next_s(self, epoch: int) -> float:
+        """When the epoch after this one begins."""
+        return (epoch + 1) * self.tick_s if epoch + 1 < len(self._windows) else math.inf
+
+    def at(self, epoch: int) -> Array:
+        """Shares [L, E] in an epoch."""
+        return self._windows[epoch]
+
+
+def whole_ticks(time_s: float, tick_s: float) -> int:
+    """The last n with n x tick_s <= time_s; a division alone would round."""
+    number = int(time_s / tick_s)
+    return number - (time_s < number * tick_s) + (time_s >= (number + 1) * tick_s)
 
 
 def layer_scores(layers: int, experts: int, correlation: float, stream: np.random.Generator) -> Array:

@@ -10,12 +10,13 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from twin.cost.batch import Array
-from twin.cost.drift import layer_scores
+from twin.cost.drift import Drift, Recorded, layer_scores
 from twin.policy.placement import Placement, linear, place_global, place_hierarchical
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec, MoE
@@ -31,8 +32,8 @@ def popularity(model: ModelSpec, routing: Routing, seed: int = 0) -> Array:
 
     A single row when all layers are alike (uniform). zipf: share ~ rank^-alpha; lognormal: exp(sigma z); each layer
     orders its experts by its own permutation, or by scores that are correlated between layers. matrix: from a CSV (or the
-    "loads" of a JSON file), one row a layer (rows are reused in turn when the model has more layers). Raises SpecError for
-    a file that does not fit.
+    "loads" of a JSON file, or the first of its "windows"), one row a layer (rows are reused in turn when the model has more
+    layers). Raises SpecError for a file that does not fit.
     """
     assert model.moe is not None
     experts, layers = model.moe.experts, model.moe_layers
@@ -68,18 +69,51 @@ def _capped(shares: Array, cap: float) -> Array:
     return np.minimum(shares, cap)
 
 
+def over_time(model: ModelSpec, routing: Routing, first_LE: Array, stream: np.random.Generator) -> Drift | Recorded | None:
+    """How popularity changes from `first_LE` on: by drift, as the file's windows have it, or not at all."""
+    assert model.moe is not None
+    path, windows = Path(routing.file or ""), []
+    if routing.kind == "matrix" and path.suffix == ".json":
+        windows = _tables(path)[0]
+    if len(windows) < 2:
+        return None if routing.drift_half_life_s is None else Drift(first_LE, routing, stream)
+    if routing.drift_half_life_s is not None:
+        raise SpecError("popularity follows the file's windows, and cannot drift as well", file=path,
+                        field="routing.drift_half_life_s")
+    window_s = _tables(path)[1]
+    return Recorded([_shares(rows, path, model.moe.experts, model.moe_layers) for rows in windows], window_s)
+
+
 def _from_file(path: Path, experts: int, layers: int) -> Array:
+    """The loads of a file, of its first window where it has several."""
+    return _shares(_tables(path)[0][0], path, experts, layers)
+
+
+def _tables(path: Path) -> tuple[list[Any], float]:
+    """The tables of a file, yet to be checked, and the seconds that each stands for (0 for one that stands for all)."""
     try:
         with path.open(newline="", encoding="utf-8") as handle:
-            rows = json.load(handle)["loads"] if path.suffix == ".json" else [row for row in csv.reader(handle) if row]
+            if path.suffix != ".json":
+                return [[row for row in csv.reader(handle) if row]], 0.0
+            data = json.load(handle)
+            if "windows" not in data:
+                return [data["loads"]], 0.0
+            windows, window_s = list(data["windows"]), float(data["window_s"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
         raise SpecError(f"cannot read the expert loads: {err}", file=path, field="routing.file") from None
+    if not windows or not 1e-3 <= window_s <= 1e9:
+        raise SpecError("a recording needs windows, and window_s of at least a millisecond", file=path, field="routing.file")
+    return windows, window_s
+
+
+def _shares(rows: Any, path: Path, experts: int, layers: int) -> Array:
+    """Shares [L, E] of one table of loads."""
     try:
         table = np.array([[float(cell) for cell in row] for row in rows])
     except (ValueError, TypeError):
         try:  # one header line
             table = np.array([[float(cell) for cell in row] for row in rows[1:]])
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, KeyError) as err:
             raise SpecError(f"not a table of numbers: {err}", file=path, field="routing.file") from None
     if table.ndim != 2 or table.shape[1] != experts:
         raise SpecError(f"expert loads have shape {table.shape}", file=path, field="routing.file",

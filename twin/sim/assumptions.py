@@ -54,7 +54,8 @@ def _experts(scenario: Scenario, plan: Plan) -> list[str]:
         said.append(f"Which experts are popular drifts with a half life of {half_life_s:g} s, the same in all pools; placements "
                     "were made for the popularity at time zero. Calibrated steps feel nothing of it.")
     elif scenario.routing.kind != "uniform":
-        said.append("Expert popularity does not drift during the run; the placement was made for this very popularity.")
+        said.append("Expert popularity does not drift during the run, unless its file has it in windows; the placement was made "
+                    "for the popularity at time zero.")
     if any(pool.eplb is not None for pool in plan.pools):
         said.append("Rebalancing decides in no time, by loads that hold the noise of sampling; weights on their way are spread "
                     "evenly over the steps that they take, and replicas of an expert are used alike.")

@@ -1,4 +1,4 @@
-"""Experts of one instance over time: popularity drifts, online rebalancing (EPLB) sees loads and moves weights.
+"""Experts of one instance over time: popularity changes, online rebalancing (EPLB) sees loads and moves weights.
 
 The decision is the runtime's, from what a window of steps has seen, sampling noise included: a better placement, moved if
 what it saves until the next decision exceeds what moving takes (`twin.policy.migration`). Copies travel layer by layer, so
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twin.cost.batch import StepBatch
-from twin.cost.drift import Drift
+from twin.cost.drift import Drift, Recorded
 from twin.cost.model import CostModel
 from twin.cost.roofline import bytes_of
-from twin.cost.routing import place
+from twin.cost.routing import over_time, place
 from twin.policy.arrivals import named_stream
 from twin.policy.migration import Migration, copies, keep_ranks, migration, should_rebalance
 from twin.policy.placement import Placement, imbalance
@@ -50,7 +50,7 @@ class Moving:
 class Experts:
     """What popularity and placement are, for an instance that asks at the beginning of every run of steps."""
 
-    def __init__(self, pool: PoolPlan, base: CostModel, gpus: Sequence[int], drift: Drift | None,
+    def __init__(self, pool: PoolPlan, base: CostModel, gpus: Sequence[int], drift: Drift | Recorded | None,
                  stream: np.random.Generator, presence: Presence, made: dict[tuple[int, Placement], CostModel]) -> None:
         """`made`: costs of this pool that there are, shared by its instances."""
         assert base.site.popularity_LE is not None and base.site.placement is not None and base.model.moe is not None
@@ -198,9 +198,9 @@ def follow_experts(scenario: Scenario, instances: Sequence[Instance]) -> None:
     """Give every instance whose experts drift or move the process that says how."""
     priced = [i.costs for i in instances if isinstance(i.costs, CostModel) and i.costs.site.popularity_LE is not None]
     drift = None
-    if priced and scenario.routing.drift_half_life_s is not None:
+    if priced:
         assert priced[0].site.popularity_LE is not None
-        drift = Drift(priced[0].site.popularity_LE, scenario.routing, named_stream(scenario.seed, "drift"))
+        drift = over_time(scenario.model, scenario.routing, priced[0].site.popularity_LE, named_stream(scenario.seed, "drift"))
     made: dict[int, dict[tuple[int, Placement], CostModel]] = {}
     for instance in instances:
         costs, pool = instance.costs, instance.pool

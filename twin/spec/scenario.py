@@ -19,8 +19,8 @@ Degrees = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(mi
 
 
 class Routing(Spec):
-    """How uneven experts are. uniform; zipf with `alpha`; lognormal with `sigma`; matrix from `file` (CSV, a row a
-    layer, a column an expert).
+    """How uneven experts are. uniform; zipf with `alpha`; lognormal with `sigma`; matrix from `file`: CSV, a row a
+    layer, a column an expert, or JSON with such `loads`, or with `windows` of them that follow one another every `window_s`.
 
     `layer_correlation`: of the popularity of experts with the same number in two layers (zipf and lognormal; 0: each layer
     has an order of its own). `drift_half_life_s`: seconds in which half of the correlation with today's popularity is lost;

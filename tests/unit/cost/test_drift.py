@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from cost_cases import gqa_model
 from pydantic import ValidationError
 
 from twin.cost.drift import Drift
-from twin.cost.routing import popularity
+from twin.cost.routing import over_time, popularity
+from twin.spec.errors import SpecError
 from twin.spec.model import MoE
 from twin.spec.scenario import Routing
 
@@ -66,6 +69,36 @@ def test_layers_are_as_alike_as_is_asked(kind):
     assert between(1.0) == pytest.approx(1.0)
     moves = drift(**kind, layer_correlation=1.0)
     assert np.allclose(moves.at(20), moves.at(20)[0])
+
+
+def test_a_recording_is_followed_window_by_window(tmp_path):
+    rng, file = np.random.default_rng(3), tmp_path / "windows.json"
+    loads = rng.integers(1, 1000, (3, 2, 64))
+    file.write_text(json.dumps({"window_s": 0.7, "windows": loads.tolist()}))
+    routing = Routing(kind="matrix", file=str(file))
+    first = popularity(MODEL, routing)
+    assert first[:2] == pytest.approx(loads[0] / loads[0].sum(axis=1, keepdims=True))
+    recorded = over_time(MODEL, routing, first, rng)
+    assert [recorded.epoch(t) for t in (0.0, 0.6999, 0.7, 1.4, 1e6)] == [0, 0, 1, 2, 2]
+    assert recorded.next_s(1) == 1.4 and recorded.next_s(2) == float("inf")
+    assert recorded.at(2).shape == (64, 64) and recorded.at(2)[3] == pytest.approx(loads[2, 1] / loads[2, 1].sum())
+    with pytest.raises(SpecError, match="cannot drift as well"):
+        over_time(MODEL, routing.model_copy(update={"drift_half_life_s": 1.0}), first, rng)
+
+
+@pytest.mark.parametrize("data", [{"windows": []}, {"windows": [], "window_s": 1.0}, {"windows": [[[1.0]]], "window_s": 1.0},
+                                  {"windows": 3, "window_s": 1.0}, {"windows": [[[1.0] * 64]], "window_s": 0}, [], {}])
+def test_a_broken_recording_is_refused(tmp_path, data):
+    file = tmp_path / "windows.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(SpecError):
+        popularity(MODEL, Routing(kind="matrix", file=str(file)))
+
+
+def test_one_table_does_not_change(tmp_path):
+    file = tmp_path / "loads.json"
+    file.write_text(json.dumps({"loads": [[1.0] * 64]}))
+    assert over_time(MODEL, Routing(kind="matrix", file=str(file)), np.ones((1, 64)) / 64, np.random.default_rng(0)) is None
 
 
 def test_what_cannot_drift_says_so():
