@@ -105,16 +105,17 @@ def drafts_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str
     """Draft tokens a step that the recipe of this row used; 0 where the recipe has none or the columns do not tell.
 
     Runs with and without drafts share all columns of these tables; images and search spaces tell some apart. TensorRT-LLM on
-    B200: image 1.2.0rc6.post3 was used for drafts alone, three of them, one under attention DP. SGLang on B200 in fp8, two
+    B200: image 1.2.0rc6.post3 was used for drafts alone, three of them, one under attention DP; so, by what its rows take beside
+    those of the image before, was 1.1.0rc2.post2 on H200. SGLang on B200 in fp8, two
     drafts each: DeepSeek-R1 at 8k/1k ran without drafts on eight GPUs for 4 users only, and for up to 64 users at other
     lengths; Qwen3.5 on four GPUs without expert parallelism ran with drafts only.
     """
     fp8 = texts.get("precision", "") == "fp8"
-    if texts["system"] != "b200_sxm":
-        return 0
-    if texts["backend"] == "trtllm" and texts.get("backend_version", "").endswith("1.2.0rc6.post3"):
+    version = texts.get("backend_version", "")
+    if (texts["backend"], texts["system"], version) in (("trtllm", "b200_sxm", "1.2.0rc6.post3"),
+                                                        ("trtllm", "h200_sxm", "1.1.0rc2.post2")):
         return 1 if numbers.get("attention_dp_size", 1) > 1 else 3
-    if texts["backend"] != "sglang" or not fp8 or not texts.get("backend_version", "").startswith("0.5.9"):
+    if (texts["backend"], texts["system"]) != ("sglang", "b200_sxm") or not fp8 or not version.startswith("0.5.9"):
         return 0
     tp, ep = numbers.get("tp_size", 1), numbers.get("moe_ep_size", 1)
     if model.startswith("deepseek") and tp == 8:
