@@ -11,6 +11,7 @@ Legend: B rows of a graph, P blocks of a table, V vocabulary.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,25 +50,52 @@ class DecodeRunner:
         self.tables_BP = torch.zeros(most, width, dtype=torch.int32, device=device)
         self._positions_B, self._slots_B = torch.zeros_like(self.ids_B), torch.zeros_like(self.ids_B)
         self._rows_B = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Drawn]] = {}
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._size = self._left = 0
 
     def capture(self) -> None:
         """Capture every size into one memory pool, as all ranks of the instance must at the same time: each size runs once
         before it is captured, and meets the other ranks. Raises torch.OutOfMemoryError where the device has no room."""
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.lens_B.zero_()
         for size in reversed(self.sizes):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._step(size)  # kernels are compiled and handles made before the capture; padding alone is computed
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                drawn = self._step(size)
-            self._graphs[size] = (graph, drawn)
+            self.capture_one(size)
         torch.cuda.synchronize()
+
+    def capture_one(self, size: int) -> None:
+        """Capture a size anew, with the kernels that serve it now. `capture` comes first."""
+        assert self._stream is not None
+        self.lens_B.zero_()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._step(size)  # kernels are compiled and handles made before the capture; padding alone is computed
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            drawn = self._step(size)
+        self.graphs[size] = (graph, drawn)
+
+    def rehearse(self, size: int, replays: int = 15) -> float:
+        """Median seconds of a captured size, on random tokens in made-up contexts of up to 1024 tokens. What it writes into the
+        cache means nothing; padding alone is left as input."""
+        context = max(1, min(1024, self.max_context - replays - 3))
+        width, seconds = self.tables_BP.shape[1], []
+        tables = torch.arange(size * width, dtype=torch.int32, device=self.ids_B.device) % len(self.kv[0])
+        self.tables_BP[:size] = tables.view(size, width)
+        self.ids_B[:size].random_(self.transformer.model.vocab)
+        self.lens_B.zero_()
+        self.lens_B[:size] = context
+        for i in range(replays + 3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self.graphs[size][0].replay()
+            end.record()
+            end.synchronize()
+            seconds += [begin.elapsed_time(end) / 1e3] if i > 2 else []
+        self.lens_B.zero_()
+        return statistics.median(seconds)
 
     @staticmethod
     def rows(segments: Sequence[Segment]) -> int:
@@ -94,8 +122,8 @@ class DecodeRunner:
         return self._take(n)
 
     def _take(self, n: int) -> Drawn:
-        if self._graphs:
-            graph, drawn = self._graphs[self._size]
+        if self.graphs:
+            graph, drawn = self.graphs[self._size]
             graph.replay()
         else:
             drawn = self._step(self._size)

@@ -90,8 +90,9 @@ class FewRowsOps(TritonOps):
         cuts = self.few.find("experts", len(x_TH), w.w13)
         if cuts is None:
             return super().experts_add(x_TH, slots_TK, weights_TK, w, limit, residual_TH)
+        activation = "silu_mul" if limit is None else "swiglu_clamped"
         return None, moe_rows(
-            x_TH.contiguous(), w.w13, w.w2, weights_TK, slots_TK, *cuts, activation="silu_mul" if limit is None else "swiglu_clamped",
+            x_TH.contiguous(), w.w13, w.w2, weights_TK, slots_TK, *cuts, activation=activation,
             w13_scale_E2I=w.s13, w2_scale_EH=w.s2, w13_bias_E2I=w.b13, w2_bias_EH=w.b2, alpha=SWIGLU_ALPHA, limit=limit or 0.0,
             residual_TH=residual_TH)
 

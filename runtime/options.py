@@ -26,7 +26,7 @@ class EngineOptions:
     rank (None: the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
     graphs where one rank is the whole instance or its ranks exchange tokens by symmetric memory. `warm_up` takes steps before
-    the first request that compile every kernel (`runtime.warmup`).
+    the first request that compile every kernel (`runtime.warmup`); `tune` times kernels for small decode steps (`runtime.tune`).
     `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
     """
 
@@ -38,6 +38,7 @@ class EngineOptions:
     weights: Literal["same", "fp8"] = "same"
     graphs: bool = True
     warm_up: bool = True
+    tune: bool = True
     timeout_s: float = 3.0
     stall_timeout_s: float = 30.0
     recover: bool = False

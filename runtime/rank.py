@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Groups:
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
     steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
-    `kv` as its cache; `warmed` says what `runtime.warmup` did."""
+    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`)."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -71,7 +71,7 @@ class Rank:
     placement: list[list[int]] | None = None
     decode: DecodeRunner | None = None
     mtp: Mtp | None = None
-    warmed: dict[str, float] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def keep(self) -> Kept | None:
         """Its weights for another formation; None where they are not as they were loaded (fp8)."""
@@ -129,14 +129,29 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
 
         mark("capture")
         decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows)
-        decode.capture()  # on all ranks of the instance at once, size by size
+        prepared = _capture(decode, options.tune, alone=at.world == 1)
     built = Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
-                 placement, decode, Mtp(transformer, params, placement) if mtp else None)
+                 placement, decode, Mtp(transformer, params, placement) if mtp else None, prepared)
     if device.type == "cuda" and options.backend == "triton" and options.warm_up:
         mark("warm-up")
-        built = replace(built, warmed=warm_up(built))
+        prepared["warm_up"] = warm_up(built)
     compiles.started()
     return built
+
+
+def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any]:
+    """Choose kernels for small steps and capture all sizes, on all ranks of the instance at once; what was timed."""
+    from runtime.few_rows import FewRowsOps
+    from runtime.tune import confirm, tune
+
+    ops = decode.transformer.rig.ops
+    tuned = tuned and isinstance(ops, FewRowsOps)
+    if tuned:
+        tune(decode.transformer, decode.sizes)
+    decode.capture()
+    steps = confirm(decode) if tuned and alone else {}
+    parts = ops.few.report() if isinstance(ops, FewRowsOps) else []
+    return {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:

@@ -163,7 +163,7 @@ class Worker:
         be_patient(built.experts, options.stall_s)
         self.control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes,
                            "max_context": built.max_context, "dense_bytes": built.dense_bytes,
-                           "expert_bytes": built.expert_bytes, "heard_at": self._heard_at, "warmed": built.warmed})
+                           "expert_bytes": built.expert_bytes, "heard_at": self._heard_at, "prepared": built.prepared})
         return built
 
     def _meet(self, place: Place, patience: timedelta) -> None:

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from runtime.batch import StepInput
-from runtime.comm.experts import ExpertComm
+from runtime.comm.experts import ExpertComm, Local
 from runtime.comm.group import Group
 from runtime.comm.overlap import Overlap
 from runtime.layout import RankLayout
-from runtime.model.attention import make_attention
+from runtime.model.attention import Gqa, Mla, make_attention
 from runtime.model.params import Placement, linear_placement, vocab_slice
 from runtime.model.rope import cos_sin, inverse_frequencies, rope_width
-from runtime.ops import ExpertWeights, Router, TorchOps, Weight
+from runtime.ops import ExpertWeights, Norm, Router, TorchOps, Weight
 from runtime.quantise import weight_of
 from runtime.replicas import Replicas
 from twin.spec.model import ModelSpec
@@ -35,10 +35,9 @@ Params = dict[str, torch.Tensor]
 T = TypeVar("T")
 Mark = Callable[[str], None]
 """Called with the name of the phase that begins."""
-Stages = Generator[None, None, torch.Tensor]
-"""Work that yields wherever something of it is on its way to other ranks, so that other work can run meanwhile."""
-Streams = Generator[None, None, tuple[torch.Tensor, torch.Tensor]]
-"""The same, of a layer or many: (what is yet to be added, the residual stream) [T, H] each."""
+Streams = Generator[None, None, tuple[torch.Tensor | None, torch.Tensor]]
+"""Work that yields wherever something of it is on its way to other ranks, so that other work can run meanwhile. It takes and
+gives (what is yet to be added, the residual stream) [T, H] each; None where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Transformer:
         x_TH, stream_TH = drive([self.stages(step, kv, capacity)])[0]
         self.rig.mark("head")
         rows = step.logit_rows
-        return self.head(self.rig.ops.add_norm(x_TH[rows], stream_TH[rows], self.params["norm"], self.model.norm_eps)[0])
+        last = None if x_TH is None else x_TH[rows]
+        return self.head(self.rig.ops.add_norm(last, stream_TH[rows], self.params["norm"], self.model.norm_eps)[0])
 
     def hidden(self, steps: Sequence[StepInput], kv: list[torch.Tensor], capacity: int) -> torch.Tensor:
         """Finished states [T, H] of all tokens of one step, or of its two halves side by side; `head` makes logits of them.
@@ -101,7 +101,6 @@ class Transformer:
         x_TH, stream_TH = None, self.embed(step.token_ids_T)
         for layer, cache in zip(self.layers, kv, strict=False):  # a cache more may belong to an MTP module
             x_TH, stream_TH = yield from layer.stages(self.rig, x_TH, stream_TH, step, cache, self.angles_PA, capacity)
-        assert x_TH is not None
         return x_TH, stream_TH
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,7 @@ def make_layer(model: ModelSpec, at: RankLayout, i: int, params: Params, rig: Ri
 @dataclass(frozen=True)
 class Layer:
     attn_norm: torch.Tensor
-    attention: Callable[..., torch.Tensor]
+    attention: Gqa | Mla
     ffn_norm: torch.Tensor
     ffn: DenseFfn | MoeFfn
     eps: float
@@ -148,10 +147,10 @@ class Layer:
                angles_PA: torch.Tensor, capacity: int) -> Streams:
         """Attention, then FFN; x is what the layer before has yet to add to the residual stream."""
         rig.mark("attention")
-        normed, stream_TH = rig.ops.add_norm(x_TH, stream_TH, self.attn_norm, self.eps)
-        x_TH = rig.tp.all_reduce(self.attention(normed, step, cache, angles_PA))
-        normed, stream_TH = rig.ops.add_norm(x_TH, stream_TH, self.ffn_norm, self.eps)
-        x_TH = yield from self.ffn.stages(normed, step.slots_T, capacity)
+        norm = Norm(self.attn_norm, self.eps)
+        x_TH, stream_TH = self.attention(x_TH, stream_TH, norm, step, cache, angles_PA)
+        x_TH = None if x_TH is None else rig.tp.all_reduce(x_TH)
+        x_TH, stream_TH = yield from self.ffn.stages(x_TH, stream_TH, Norm(self.ffn_norm, self.eps), step.slots_T, capacity)
         return x_TH, stream_TH
 
 
@@ -176,9 +175,11 @@ class DenseFfn:
     w2: Weight
     rig: Rig
 
-    def stages(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> Stages:
+    def stages(self, x_TH: torch.Tensor | None, stream_TH: torch.Tensor, norm: Norm, slots_T: torch.Tensor,
+               capacity: int) -> Streams:
         self.rig.mark("dense_ffn")
-        return self.rig.tp.all_reduce(self.partial(x_TH))
+        normed, stream_TH = self.rig.ops.add_norm(x_TH, stream_TH, norm.weight, norm.eps)
+        return self.rig.tp.all_reduce(self.partial(normed)), stream_TH
         yield  # never reached: nothing travels here
 
     def partial(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -213,17 +214,28 @@ class MoeFfn:
         experts = self.moe.experts
         self.pairs_EE = torch.zeros(experts, experts, dtype=torch.int64, device=self.load_E.device)
 
-    def stages(self, x_TH: torch.Tensor, slots_T: torch.Tensor, capacity: int) -> Stages:
-        """The layer's output [T, H]; yields while tokens travel there and while results travel back."""
+    def stages(self, x_TH: torch.Tensor | None, stream_TH: torch.Tensor, norm: Norm, slots_T: torch.Tensor,
+               capacity: int) -> Streams:
+        """Yields while tokens travel to experts and while results travel back."""
         rig, mark = self.rig, self.rig.mark
         mark("gate")
-        start, stop = token_share(len(x_TH), rig.tp.size, rig.tp.index)
+        start, stop = token_share(len(stream_TH), rig.tp.size, rig.tp.index)
+        if rig.tp.size == 1:
+            x_TH, stream_TH, ids_TK, weights_TK = rig.ops.norm_route(x_TH, stream_TH, norm, self.router, self.moe, slots_T,
+                                                                     self.load_E)
+        else:
+            x_TH, stream_TH = rig.ops.add_norm(x_TH, stream_TH, norm.weight, norm.eps)
+            ids_TK, weights_TK = rig.ops.route(x_TH[start:stop], self.router, self.moe, slots_T[start:stop], self.load_E)
         mine = x_TH[start:stop]
-        ids_TK, weights_TK = rig.ops.route(mine, self.router, self.moe, slots_T[start:stop], self.load_E)
         if self.pairs_EE is not None:
             add_pairs(self.pairs_EE, ids_TK)
         slots_TK = self.replicas.slots(ids_TK)
         mark("dispatch")
+        if self.alone:
+            mark("experts")
+            x_TH, stream_TH = rig.ops.experts_add(mine, slots_TK, weights_TK, self.weights, self.moe.swiglu_limit, stream_TH)
+            mark("combine")
+            return x_TH, stream_TH
         dispatched = rig.exchange.dispatch(mine, slots_TK, weights_TK, capacity)
         out = None
         if self.shared is not None:
@@ -241,7 +253,7 @@ class MoeFfn:
         mark("combine")
         routed = combined()
         if out is None and rig.tp.size == 1:
-            return routed
+            return routed, stream_TH
         out = torch.zeros_like(x_TH) if out is None else out
         out[start:stop] += routed
         return rig.tp.all_reduce(out), stream_TH
