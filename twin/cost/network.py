@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import networkx as nx
 import numpy as np
