@@ -1,7 +1,7 @@
 """Steps and exchanges that others published, beside what the cost model says: `python -m benchmarks.published_steps`.
 
 Each row names its source. Nothing here is fitted by this script; which constants of the model were fitted on which rows is
-said in `twin/cost/protocols.py` and `twin/cost/engines.py`, and marked `fitted` below.
+said in `twin/cost/protocols.py`, `twin/cost/engines.py` and `twin/validate/record_pools.py`, and marked `fitted` below.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from twin.cost.batch import StepBatch
 from twin.cost.comm import kv_transfer_s
-from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
 from twin.cost.network import Network
 from twin.spec.load import load_cluster, load_model
 from twin.spec.plan import Plan, PoolPlan, Precision
-from twin.spec.scenario import Routing
+from twin.validate.record_kinds import ANSWERS
+from twin.validate.record_words import Found
 
 FP8 = Precision(weights="fp8_block", experts="fp8_block", kv="bf16", dispatch="fp8")
 LMSYS = "LMSYS blog 2025-05-05, DeepSeek with PD and large-scale EP on 96 H100"
@@ -49,58 +48,56 @@ class Row:
         return self.predicted / self.published - 1
 
 
-def cost(cluster: str, engine: str, evidence: Evidence | None, routing: Routing | None = None, groups: int | None = None,
-         **pool: Any) -> CostModel:
-    """DeepSeek-R1 in fp8; `groups` replaces its routing groups (DeepEP's tests have one a node, four of them kept)."""
+def cost(cluster: str, groups: int, **pool: Any) -> CostModel:
+    """DeepSeek-R1 in fp8 with so many routing groups (DeepEP's tests have one a node, four of them kept)."""
     model = load_model("deepseek-r1")
-    if groups is not None and model.moe is not None:
-        moe = model.moe.model_copy(update={"groups": groups, "top_k_groups": min(groups, 4)})
-        model = model.model_copy(update={"moe": moe})
+    assert model.moe is not None
+    moe = model.moe.model_copy(update={"groups": groups, "top_k_groups": min(groups, 4)})
     made = PoolPlan(**pool)
-    other = PoolPlan(role="decode" if made.role == "prefill" else "prefill")
-    plan = Plan(pools=(made, other), precision=FP8, engine=engine)
-    return CostModel(model, load_cluster(cluster), plan, made, routing=routing, profile=evidence)
+    plan = Plan(pools=(made, PoolPlan(role="prefill")), precision=FP8, engine="sglang")
+    return CostModel(model.model_copy(update={"moe": moe}), load_cluster(cluster), plan, made)
 
 
-def throughput(name: str, model: CostModel, batch: StepBatch, tokens: float, published: float, source: str,
-               fitted: bool = False) -> Row:
+def steps() -> Iterator[Row]:
+    """Prefill and decode throughput of whole deployments, asked as `eptwin validate against` asks published records."""
+    r1: dict[str, Any] = {"model": "deepseek-r1", "unit": "tok/s/GPU"}
+    decode = {**r1, "gpu": "H100", "ep": 72, "metric": "output_throughput", "isl": 2000, "osl": 100}
+    prefill = {**r1, "gpu": "H100", "ep": 32, "metric": "input_throughput", "isl": 4096, "batch_per_gpu": 16384}
+    overlap = {"TBO": True, "EPLB": True, "redundant_experts": 32}
+    alone = {**overlap, "TBO": False}
+    profile = {"note": "profile", "gpu": "H800"}
+    wide = {**r1, "gpu": "H200", "backend": "vllm", "isl": 2000, "features": {"DBO": True, "EPLB": True}}
+    for seqs, features, published in ((256, overlap, 22310), (256, alone, 17800), (128, overlap, 17200), (128, alone, 15000)):
+        yield throughput(f"SGLang EP72 decode, {seqs} seqs a GPU, {'TBO' if features['TBO'] else 'no TBO'}", published / 8, LMSYS,
+                         {**decode, "batch_per_gpu": seqs, "features": features}, fitted=seqs == 256)
+    for isl, osl, published in ((512, 1536, 21900), (1024, 1024, 21700)):
+        yield throughput(f"SGLang EP72 decode, 256 seqs, {isl} in, {osl} out", published / 8, LMSYS,
+                         {**decode, "isl": isl, "osl": osl, "batch_per_gpu": 256, "features": overlap})
+    yield throughput("SGLang EP72 decode, 128 seqs, simulated MTP of 1 at 60%", 17373 / 8, LMSYS,
+                     {**decode, "isl": 4000, "batch_per_gpu": 128, "features": {**overlap, "MTP": "simulated, accept 60%"}})
+    yield throughput("SGLang EP32 prefill, 16k tokens, TBO, perfect balance", 59337 / 8, LMSYS,
+                     {**prefill, "note": "perfect balance", "features": overlap}, fitted=True)
+    for isl, published in ((1024, 57674), (2048, 54543), (4096, 50302)):
+        yield throughput(f"SGLang EP32 prefill, 16k tokens of prompts of {isl}, TBO", published / 8, LMSYS,
+                         {**prefill, "isl": isl, "features": overlap})
+    yield throughput("SGLang EP32 prefill, 8k tokens, TBO", 47800 / 8, LMSYS,
+                     {**prefill, "batch_per_gpu": 8192, "features": overlap})
+    yield throughput("SGLang EP32 prefill, 8k tokens, no TBO", 36100 / 8, LMSYS,
+                     {**prefill, "batch_per_gpu": 8192, "features": alone}, fitted=True)
+    yield throughput("DeepSeek profile EP32 prefill, 16k tokens, TBO", 62713 / 8, LMSYS + " (DeepSeek profile-data)",
+                     {**prefill, **profile, "features": overlap})
+    yield throughput("DeepSeek profile EP128 decode, 128 seqs, MTP of 1 at 60%", 18598 / 8, LMSYS + " (DeepSeek profile-data)",
+                     {**decode, **profile, "ep": 128, "isl": 4096, "osl": 0, "features": {**overlap, "MTP": "2 tokens/req"}})
+    yield throughput("vLLM EP32 decode, 256 seqs, DBO", 2184, VLLM,
+                     {**wide, "ep": 32, "metric": "output_throughput", "osl": 2000, "batch_per_gpu": 256})
+    yield throughput("vLLM EP16 prefill, DBO", 7024, VLLM, {**wide, "ep": 16, "metric": "input_throughput"})
+
+
+def throughput(name: str, published: float, source: str, record: dict[str, Any], fitted: bool = False) -> Row:
     """Tokens a second a GPU of one step repeated."""
-    step = model.step(batch)
-    return Row(name, "tok/s/GPU", published, tokens / step.total_s, tokens / step.high_s, tokens / step.low_s, fitted, source)
-
-
-def steps(evidence: Evidence | None) -> Iterator[Row]:
-    """Prefill and decode throughput of whole deployments."""
-    wide = {"role": "decode", "dp": 72, "ep": 72, "redundant_experts": 32, "placement": "eplb_global", "max_num_seqs": 256}
-    for seqs, tbo, published in ((256, True, 22310), (256, False, 17800), (128, True, 17200), (128, False, 15000)):
-        batch = StepBatch.decode([seqs], [seqs * 2050])
-        yield throughput(f"SGLang EP72 decode, {seqs} seqs a GPU, {'TBO' if tbo else 'no TBO'}",
-                         cost("h100-9x8", "sglang", evidence, **wide, tbo=tbo), batch, seqs, published / 8, LMSYS, fitted=True)
-    yield throughput("SGLang EP72 decode, 128 seqs, MTP of 1 at 60%", cost(
-        "h100-9x8", "sglang", evidence, **wide, tbo=True, mtp_draft_tokens=1), StepBatch.decode([128], [128 * 4050]),
-        128 * 1.6, 17373 / 8, LMSYS)
-    prefill = {"role": "prefill", "dp": 32, "ep": 32, "max_batch_tokens": 16384}
-    even = {**prefill, "redundant_experts": 32, "placement": "eplb_global"}
-    # a popularity under which the fullest of 32 ranks has 1 / 0.80 of the mean, the balancedness that the blog reports
-    uneven = Routing(kind="lognormal", sigma=0.32)
-    yield throughput("SGLang EP32 prefill, 16k tokens, TBO, perfect balance", cost(
-        "h100-4x8", "sglang", evidence, **even, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 59337 / 8, LMSYS, fitted=True)
-    yield throughput("SGLang EP32 prefill, 16k tokens, TBO, balancedness 0.80", cost(
-        "h100-4x8", "sglang", evidence, uneven, **prefill, tbo=True), StepBatch.prefill([16384], 0, 4), 16384, 50302 / 8, LMSYS,
-        fitted=True)
-    yield throughput("SGLang EP32 prefill, 8k tokens, no TBO, balancedness 0.80", cost(
-        "h100-4x8", "sglang", evidence, uneven, **prefill), StepBatch.prefill([8192], 0, 2), 8192, 36100 / 8, LMSYS)
-    yield throughput("DeepSeek profile EP32 prefill, 16k tokens, TBO", cost("h800-4x8", "sglang", evidence, **prefill, tbo=True),
-                     StepBatch.prefill([16384], 0, 4), 16384, 62713 / 8, LMSYS + " (DeepSeek profile-data)")
-    yield throughput("DeepSeek profile EP128 decode, 128 seqs, MTP of 1 at 60%", cost(
-        "h800-16x8", "sglang", evidence, role="decode", dp=128, ep=128, tbo=True, mtp_draft_tokens=1),
-        StepBatch.decode([128], [128 * 4096]), 128 * 1.6, 18598 / 8, LMSYS + " (DeepSeek profile-data)")
-    yield throughput("vLLM EP32 decode, 256 seqs, DBO", cost(
-        "h200-4x8", "vllm", evidence, role="decode", dp=32, ep=32, redundant_experts=32, placement="eplb_global", tbo=True),
-        StepBatch.decode([256], [256 * 3000]), 256, 2184, VLLM)
-    yield throughput("vLLM EP16 prefill, DBO", cost(
-        "h200-2x8", "vllm", evidence, role="prefill", dp=16, ep=16, redundant_experts=32, placement="eplb_global", tbo=True),
-        StepBatch.prefill([16384], 0, 8), 16384, 7024, VLLM)
+    found = ANSWERS["throughput"](record)
+    assert isinstance(found, Found), found
+    return Row(name, "tok/s/GPU", published, found.value, found.low, found.high, fitted, source)
 
 
 def exchanges() -> Iterator[Row]:
@@ -116,7 +113,7 @@ def exchanges() -> Iterator[Row]:
     normal = [("h200", 1, 4096, (491, 973)), ("h200", 2, 4096, (749, 1777)), ("h200", 4, 4096, (1791, 3522))]
     for comm, table in (("deepep_low_latency", low_latency), ("deepep_normal", normal)):
         for gpu, nodes, tokens, published in table:
-            model = cost(f"{gpu}-{nodes}x8", "sglang", None, role="decode", dp=8 * nodes, ep=8 * nodes, comm=comm, groups=nodes)
+            model = cost(f"{gpu}-{nodes}x8", nodes, role="decode", dp=8 * nodes, ep=8 * nodes, comm=comm)
             for (phase, exchange), truth in zip(model.exchanges, published, strict=True):
                 nvlink_s, rdma_s = exchange.seconds(np.array([float(tokens)]))
                 microseconds = (float(nvlink_s + rdma_s) + exchange.fixed_s) * 1e6
@@ -128,18 +125,21 @@ def hand_overs() -> Iterator[Row]:
     """KV of one prompt from node to node: milliseconds."""
     source = "Mooncake documentation, Qwen3-8B TP8 on 2 x 8 H800, 8 x 400G RoCE"
     network = Network(load_cluster("h800-2x8"))
-    for megabytes, published in ((146, 1.5), (578, 4.75), (1130, 8.84), (4500, 31.65)):
-        ms = kv_transfer_s(network, range(8), range(8, 16), megabytes * 1e6) * 1e3
-        yield Row(f"KV hand-over of {megabytes} MB, 8 GPUs to 8", "ms", published, ms, ms / 1.2, ms * 1.2, True, source)
+    token_bytes = load_model("qwen3-8b").kv_bytes_per_token("bf16")
+    for prompt, published in ((1024, 1.5), (4096, 4.75), (8192, 8.84), (32768, 31.65)):
+        ms = kv_transfer_s(network, range(8), range(8, 16), prompt * token_bytes) * 1e3
+        yield Row(f"KV of {prompt} tokens, 8 GPUs to 8", "ms", published, ms, ms / 1.2, ms * 1.2, True, source)
+    slow = load_cluster("h100-2x8")
+    slow = slow.model_copy(update={"network": slow.network.model_copy(update={"nic_bytes_per_s": 25e9})})
+    ms = kv_transfer_s(Network(slow), [0], [8], 2.0**32) * 1e3
+    yield Row("KV of 4 GiB, one GPU to one over 200 Gb/s", "ms", 360, ms, ms / 1.2, ms * 1.2, True, "llm-d v0.5, UCX over NIXL")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--roofline", action="store_true", help="leave the engine profiles out")
     options = parser.parse_args()
-    evidence = None if options.roofline else Evidence.load()
-    rows = [*steps(evidence), *exchanges(), *hand_overs()]
+    rows = [*steps(), *exchanges(), *hand_overs()]
     print(f"{'':62s} {'published':>10s} {'predicted':>10s} {'error':>7s}  80% interval")
     for row in rows:
         mark = " (fitted)" if row.fitted else ""

@@ -20,7 +20,8 @@ same-rail GPU of every node it touches, forwarded over NVLink to the ranks there
 class Phase:
     """One direction. Rates are fractions of the link; `nvlink_cap` bounds a rank's NVLink bytes/s inside one domain,
     `forward_cap` when it forwards what came over the NIC; latencies are for a domain and what leaving it adds, and
-    `row_bytes_per_s` what one token's row waits for itself, as a few warps carry it. `local` is the part of HBM's rate at which
+    `row_bytes_per_s` what one token's row waits for itself, as a few warps carry it. Caps grow with `cap_power` of the link
+    where it is faster than the one that they were measured on. `local` is the part of HBM's rate at which
     a rank packs and unpacks its copies, work of its own SMs that no overlap hides (0: the network's kernels do it)."""
 
     nvlink: float
@@ -31,6 +32,7 @@ class Phase:
     remote_s: float
     row_bytes_per_s: float = 1e15
     local: float = 0.0
+    cap_power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,16 @@ class Protocol:
 
 _FAST = 1e15  # no cap
 CAPPED_AT_BYTES_PER_S = 450e9
-"""The NVLink on which caps were measured (H100, H200). GPUs with a faster one copy faster in proportion: DeepEP V2 on Blackwell
-(900 GB/s) with 24 SMs moves 563 to 591 GB/s inside a node, Hopper 277 to 283."""
+"""The NVLink on which caps were measured (H100, H200)."""
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
     Protocol(
         "deepep_normal", "rail",
         # DeepEP test_intranode / test_internode on Hopper + CX7 400G, 4096 tokens x 7168, 20-24 SMs: 491 / 973 us on one
         # node gives 283 / 277 GB/s of NVLink; 749 / 1777 us on two 228 / 186 GB/s forwarded; 1791 / 3522 us on four
         # 45.6 / 45.0 GB/s of a 50 GB/s NIC; H800 153 / 158 GB/s (own traffic included) 0.67 of its NVLink.
-        Phase(nvlink=0.68, rdma=0.91, nvlink_cap=283e9, forward_cap=240e9, base_s=15e-6, remote_s=40e-6),
-        Phase(nvlink=0.70, rdma=0.90, nvlink_cap=277e9, forward_cap=190e9, base_s=15e-6, remote_s=40e-6),
+        # B200 with 24 SMs: 440 us for 4096 tokens, 1393 us back for 8192, 1.13 and 1.43 times Hopper's speed on twice the link.
+        Phase(nvlink=0.68, rdma=0.91, nvlink_cap=283e9, forward_cap=240e9, base_s=15e-6, remote_s=40e-6, cap_power=0.18),
+        Phase(nvlink=0.70, rdma=0.90, nvlink_cap=277e9, forward_cap=190e9, base_s=15e-6, remote_s=40e-6, cap_power=0.52),
         # alone 7.2 / 14.3 ms for 16k tokens on 32 H100, with TBO and even load 9.5 to 10.8 / 15.0 to 17.2
         comm_sms=24, beside=1.2, source="calibrated",
         note="DeepEP V1 normal, published tables 1-4 nodes"),
@@ -67,11 +69,12 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         "deepep_low_latency", "direct_copies",
         # DeepEP test_low_latency on Hopper + CX7 400G, 8..256 tokens x 7168 top-8: the slope over tokens is 46-48 GB/s on
         # the NIC and 252 / 205 GB/s on NVLink, the intercept 14 / 10 us inside a node, 18-27 / 26 us across. One token of
-        # 2048, 4096, 7168 elements takes 8.8 / 10.5, 9.6 / 11.4, 11.9 / 12.6 us. H800 (NVLink of 200 GB/s): 104 / 127 GB/s.
-        Phase(nvlink=0.55, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=8e-6, remote_s=5.5e-6,
-              row_bytes_per_s=1.7e9, local=0.10),
+        # 2048, 4096, 7168 elements takes 8.8 / 10.5, 9.6 / 11.4, 11.9 / 12.6 us. H800 (NVLink of 200 GB/s): 104 / 127 GB/s;
+        # B200 (900): 496 / 613 GB/s, the link's part and no cap.
+        Phase(nvlink=0.55, rdma=0.95, nvlink_cap=255e9, forward_cap=_FAST, base_s=7.2e-6, remote_s=6e-6,
+              row_bytes_per_s=1.7e9, local=0.10, cap_power=2.0),
         Phase(nvlink=0.63, rdma=0.94, nvlink_cap=207e9, forward_cap=_FAST, base_s=8e-6, remote_s=12e-6,
-              row_bytes_per_s=5.5e9, local=0.137),
+              row_bytes_per_s=5.5e9, local=0.137, cap_power=2.0),
         # nothing but sending and receiving, 2 x 128 tokens on 72 H100: 59 / 76 us (LMSYS), hence `local`
         comm_sms=0, beside=1.0, source="calibrated",
         note="DeepEP V1 low latency, published tables 1-8 nodes"),

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from twin.cost.comm import kv_transfer_s, link_rates
+from twin.cost.comm import kv_transfer_s
 from twin.cost.model import CostModel
 from twin.cost.network import Network
 from twin.cost.protocols import PROTOCOLS, TP_BASE_S, TP_EFFICIENCY
@@ -98,8 +98,7 @@ def logical_bandwidth(record: Record) -> Found | str:
     phase = protocol.combine if str(record["metric"]).startswith("combine") else protocol.dispatch
     network = Network(cluster)
     places = len(np.unique(network.domain_of[:ranks]))
-    rates = link_rates(phase, network, forwards=False)
-    rate = float(rates[network.nvlink_links == (places == 1)].min())
+    rate = phase.nvlink * cluster.network.nvlink_bytes_per_s if places == 1 else phase.rdma * cluster.network.nic_bytes_per_s
     places = places if places > 1 else ranks
     return Found.near(rate * places / (places - 1) / 1e9, _COMM_WIDTH, "calibrated")
 

@@ -128,7 +128,8 @@ def layer(record: Record) -> Found | str:
         return seconds / (model.moe_layers if key.startswith(("moe/", "overlap")) else model.layers)
 
     parts = {key: per_layer(key, s) for key, s in step.parts_s.items() if not key.startswith(_ONCE)}
-    even = asked(record, even=True).step()
+    usual = asked(record, even=True)
+    even = usual.step()
     hot_s = (step.parts_s["moe/experts"] - even.parts_s["moe/experts"]
              + step.parts_s.get("moe/permute", 0.0) - even.parts_s.get("moe/permute", 0.0)) / max(model.moe_layers, 1)
     if part == "overall":
@@ -140,7 +141,8 @@ def layer(record: Record) -> Found | str:
         quantised = _QUANTISE_S * _products(model) * (2 if ask.costs.pool.tbo else 1) * (ask.phase == "decode")
         value += {"other_gemm": -quantised, "other": quantised}.get(part, 0.0)
     else:
-        shown = _exchange_part(part, ask, parts, hot_s, (step.total_s - even.total_s) / max(model.moe_layers, 1))
+        seen = usual if part.startswith("dispatch") and ask.phase == "decode" else ask  # a usual rank receives what is usual
+        shown = _exchange_part(part, seen, parts, hot_s, (step.total_s - even.total_s) / max(model.moe_layers, 1))
         if shown is None:
             return f"{part}: bubbles and launching are not parts of their own in the twin"
         value = shown

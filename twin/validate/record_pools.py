@@ -28,11 +28,11 @@ from twin.validate.record_words import (
 )
 
 # Popularity of experts as LMSYS reports the balance of ranks without EPLB (mean over fullest 0.673, 0.614, 0.550 on 8, 16, 32
-# GPUs in prefill): groups of experts that stand together differ by 0.3 (log), experts inside one by 0.5. Since EPLB placed them
-# popularity has moved by 0.25 in prefill (0.944, 0.902, 0.800 with EPLB) and by less in decode, whose batches hold thousands of
+# GPUs in prefill): groups of experts that stand together differ by 0.3 (log), experts inside one by 0.55. Since EPLB placed them
+# popularity has moved by 0.22 in prefill (0.944, 0.902, 0.800 with EPLB) and by less in decode, whose batches hold thousands of
 # requests (TensorRT-LLM: fullest rank 1.11 times the mean on 32 GPUs with 288 slots).
-_GROUPS, _BETWEEN, _WITHIN = 8, 0.3, 0.5
-DRIFT = {"prefill": 0.25, "decode": 0.10}
+_GROUPS, SPREAD = 8, (0.3, 0.55)
+DRIFT = {"prefill": 0.22, "decode": 0.10}
 # Balance is a mean over many batches. One batch of prompts asks for experts in its own way, the less so the more prompts it
 # holds: a prompt's demand for an expert varies by _PROMPT times its mean (the wait of 7.2 ms a layer for the fullest of 32 H100
 # in LMSYS's trace of 64 prompts). Decoding sequences bring one token each; that noise is in the cost model.
@@ -55,15 +55,16 @@ def moved(phase: str, eplb: bool, prompts: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def expert_loads(model: ModelSpec, ep: int, redundant: int, domains: int, away: float, eplb: bool) -> tuple[Array, Placement]:
+def expert_loads(model: ModelSpec, ep: int, redundant: int, domains: int, away: float, eplb: bool,
+                 spread: tuple[float, float] = SPREAD) -> tuple[Array, Placement]:
     """Popularity of this step [L, E], `away` (log) from what was popular before, and the placement: by number without EPLB,
-    with it made for what was popular before."""
+    with it made for what was popular before. `spread`: of the log popularity of groups, and of experts inside one."""
     assert model.moe is not None
     moe, layers = model.moe, model.moe_layers
     groups = moe.groups if moe.groups > 1 else _GROUPS
     rng = np.random.default_rng(np.random.SeedSequence([0, ep, moe.experts]))
-    inside = rng.standard_normal((layers, moe.experts)) * _WITHIN
-    before = np.exp(inside + rng.standard_normal((layers, groups))[:, np.arange(moe.experts) * groups // moe.experts] * _BETWEEN)
+    inside = rng.standard_normal((layers, moe.experts)) * spread[1]
+    before = np.exp(inside + rng.standard_normal((layers, groups))[:, np.arange(moe.experts) * groups // moe.experts] * spread[0])
     now = before * np.exp(rng.standard_normal(before.shape) * away)
     placement = "eplb_hierarchical" if eplb else "linear"
     pool = PoolPlan(role="mixed", dp=ep, ep=ep, redundant_experts=redundant, placement=placement)  # type: ignore[arg-type]
