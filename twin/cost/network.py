@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
 
 import networkx as nx
 import numpy as np
@@ -177,22 +176,22 @@ class Network:
         Progressive filling: the link whose fair share is smallest stops its flows, its capacity is spent, and so on.
         """
         routes = [self.route(flow.src, flow.dst) for flow in flows]
-        lengths = np.array([len(route) for route in routes], dtype=np.int64)
-        used, place = np.unique(np.fromiter(chain.from_iterable(routes), np.int64, int(lengths.sum())), return_inverse=True)
+        used = sorted({link for route in routes for link in route})
+        place = {link: i for i, link in enumerate(used)}
         crossing = np.zeros((len(used), len(flows)), dtype=bool)
-        crossing[place, np.repeat(np.arange(len(flows)), lengths)] = True
-        counts = crossing.astype(float)
+        for j, route in enumerate(routes):
+            crossing[[place[link] for link in route], j] = True
         left = self.capacity[used].copy()
         rates = np.full(len(flows), np.inf)
-        open_flows = lengths > 0
+        open_flows = crossing.any(axis=0)
         while open_flows.any():
-            waiting = counts @ open_flows
+            waiting = crossing[:, open_flows].sum(axis=1)
             share = np.where(waiting > 0, left / np.maximum(waiting, 1), np.inf)
             tightest = share.min()
             # all links at this share stop together, so that equal flows get bit-equal rates
             stopped = open_flows & crossing[share <= tightest * (1 + 1e-12)].any(axis=0)
             rates[stopped] = tightest
-            left = np.maximum(left - (counts @ stopped) * tightest, 0.0)
+            left = np.maximum(left - crossing[:, stopped].sum(axis=1) * tightest, 0.0)
             open_flows &= ~stopped
         return rates
 
