@@ -116,7 +116,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
             for kind in (False, True)}
     kv = make_kv(cached, at, blocks, pool.block_tokens, dtype, device)
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
-    decode = None
+    decode, prepared = None, dict[str, Any]()
     for ffn in transformer.moe_layers:  # before any step is captured
         ffn.replicas.may_move = pool.eplb is not None and at.ep > 1
         if (options.record_routing or "").endswith(".json"):
