@@ -141,7 +141,8 @@ class Transfers:
         """Find the rates of the streams that a change reaches, and make an appointment with the first that will end."""
         now = self.clock.now
         affected = self._reached(self._changed)
-        links = np.array(sorted(self._changed.union(*(stream.links for stream in affected))))
+        on_link = dict.fromkeys(sorted(self._changed.union(*(stream.links for stream in affected))), 0.0)
+        links = np.array(list(on_link))
         self._changed = set()
         near = [n for n in self._neighbours if n.on_link[links].any()]
         fair = self._leave_room(links, near)
@@ -150,9 +151,9 @@ class Transfers:
             for stream, rate in zip(affected, rates.tolist(), strict=True):
                 stream.left_bytes, stream.since_s, stream.rate = stream.left_at(now), now, rate
                 stream.end_s = now + stream.left_bytes / rate
-        self.rate_on[links] = 0.0
-        for stream in affected:
-            self.rate_on[list(stream.links)] += stream.rate
+                for link in stream.links:
+                    on_link[link] += rate
+        self.rate_on[links] = list(on_link.values())
         for neighbour in near:
             at = neighbour.links_k
             neighbour.squeeze(np.minimum(self.rate_on[at] / self.capacity[at], fair[at]))
