@@ -3,9 +3,12 @@
     python -m benchmarks.migration --json benchmarks/results/cpu_migration.json
 
 Streams of requests keep every place of the batch taken. Their prompts are one token repeated, another one every few
-seconds, each token takes one expert, so loads are skewed and change, and experts move; decode steps while a migration is
-under way are held against those while none is, in the same run. Throughput is their number of steps a second: the batch
-is the same. The same run without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
+seconds, each token takes one expert, so loads are skewed and change, and experts move. Each migration is a window of steps, held
+against as many steps right before and right after it: what else the machine does drifts more slowly than that. Full decode
+steps alone are compared, whose batch is the same, so throughput is their number a second. Beside the wall's seconds stand
+those of the ranks' processors, all threads counted, which others on the machine change little. `throughput_while_migrating`
+is the median over migrations of seconds a step around them over seconds a step in them, with its middle half. The same run
+without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,8 @@ from twin.spec.plan import Eplb, Plan, PoolPlan
 from twin.spec.rundir import write_text
 
 SEQUENCES, ISL, OSL = 8, 8, 120
+MIN_STEPS = 5
+"""Fewer full steps in, before or after a migration are no window."""
 _SHIFT_S = 4.0
 
 
@@ -48,7 +54,7 @@ def main(seconds: float, period_steps: int, budget_bytes: int, out: Path | None)
                "sequences": SEQUENCES, "eplb": eplb.model_dump(),
                "with": asyncio.run(measure(model, plan_of(model, eplb), seconds)),
                "without": asyncio.run(measure(model, plan_of(model, None), seconds))}
-    print(json.dumps({k: v for k, v in figures.items() if k != "cycles"}, indent=1))
+    print(json.dumps(figures, indent=1))
     if out is not None:
         write_text(out, json.dumps(figures, indent=1) + "\n")
 
@@ -79,20 +85,43 @@ async def _stream(frontend: Frontend, model: ModelSpec, number: int, until: floa
             pass
 
 
-def figures_of(steps: Sequence[dict[str, Any]], cycles: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of full decode steps in and out of migrations; what moved."""
-    moved = [c for c in cycles if c["copies"]]
-    inside: list[float] = []
-    outside: list[float] = []
+@dataclass(frozen=True)
+class Round:
+    """A step of all ranks: seconds by the wall, and of their processors together."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def full_rounds(steps: Sequence[dict[str, Any]]) -> dict[int, Round]:
+    """The rounds in which every rank took a full step of decodes alone."""
+    ranks: dict[int, list[dict[str, Any]]] = {}
     for step in steps:
-        if step["rank"] or step["prefill_seqs"] or step["decode_seqs"] < SEQUENCES // 2:
-            continue
-        moving = any(c["first_round"] < step["round"] <= c["last_round"] for c in moved)
-        (inside if moving else outside).append(step["end"] - step["start"])
-    found: dict[str, Any] = {"steps": len(outside), "step_s": _summary(outside), "decisions": len(cycles)}
-    if inside:
-        pace = {name: found["step_s"][name] / _summary(inside)[name] for name in ("mean", "p50", "fast_quarter")}
-        found |= {"migrating_steps": len(inside), "migrating_step_s": _summary(inside), "throughput_while_migrating": pace,
+        if not step["prefill_seqs"] and step["decode_seqs"] == SEQUENCES // 2:
+            ranks.setdefault(step["round"], []).append(step)
+    return {number: Round(max(s["end"] - s["start"] for s in both), sum(s["cpu_s"] for s in both))
+            for number, both in ranks.items() if len(both) == 2}
+
+
+def figures_of(steps: Sequence[dict[str, Any]], cycles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of full decode steps in and around migrations; what moved."""
+    rounds, moved = full_rounds(steps), [c for c in cycles if c["copies"]]
+    busy = {n for c in moved for n in range(c["first_round"] + 1, c["last_round"] + 1)}
+    steady = sorted(rounds.keys() - busy)
+    found: dict[str, Any] = {"steps": len(steady), "step_s": _summary([rounds[n].wall_s for n in steady]),
+                             "cpu_s_per_step": _summary([rounds[n].cpu_s for n in steady]), "decisions": len(cycles)}
+    windows = []
+    for c in moved:
+        inside = [rounds[n] for n in range(c["first_round"] + 1, c["last_round"] + 1) if n in rounds]
+        before = [rounds[n] for n in steady if n <= c["first_round"]][-len(inside):]
+        after = [rounds[n] for n in steady if n > c["last_round"]][:len(inside)]
+        if len(inside) >= MIN_STEPS and len(before) >= MIN_STEPS and len(after) >= MIN_STEPS:
+            windows.append({name: (_mean(before, name) + _mean(after, name)) / 2 / _mean(inside, name)
+                            for name in ("wall_s", "cpu_s")})
+    if windows:
+        pace = {name: _spread([w[name] for w in windows]) for name in ("wall_s", "cpu_s")}
+        found |= {"windows": len(windows), "throughput_while_migrating": pace["wall_s"],
+                  "throughput_by_processor_seconds": pace["cpu_s"],
                   "migrations": len(moved), "bytes": sum(c["bytes"] for c in moved),
                   "steps_per_migration": statistics.mean(c["last_round"] - c["first_round"] for c in moved),
                   "imbalance_before": statistics.mean(c["imbalance_before"] for c in moved),
@@ -101,7 +130,18 @@ def figures_of(steps: Sequence[dict[str, Any]], cycles: Sequence[dict[str, Any]]
     return found
 
 
+def _mean(rounds: Sequence[Round], name: str) -> float:
+    return statistics.mean(getattr(one, name) for one in rounds)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "p25": low, "p75": high, "mean": statistics.mean(values)}
+
+
 def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
     ordered = sorted(seconds)
     quarter = ordered[:max(1, len(ordered) // 4)]
     return {"mean": statistics.mean(ordered), "p50": statistics.median(ordered), "fast_quarter": statistics.mean(quarter)}

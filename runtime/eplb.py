@@ -134,24 +134,29 @@ class Rebalancer:
         self._reached(None)
 
     def _fetch(self, layer: int, wanted: tuple[Copy, ...]) -> dict[int, torch.Tensor]:
-        """Send and receive a layer's copies in one order on all ranks, paced; the rows of this rank's new experts."""
+        """Send and receive a layer's copies in one order on all ranks; the rows of this rank's new experts. What is larger than
+        a step's budget goes in pieces, a step each."""
         at, ffn, rows, allowed = self._rank.at, self._ffns[layer], {}, 0
-        first = at.local_slots.start
+        first, own_bytes = at.local_slots.start, self._copy_bytes // at.expert_tp
+        piece_bytes = max(1, self._how.budget_bytes // at.expert_tp)  # ranks that cut an expert move their cuts side by side
         for copy in wanted:
-            allowed += self._copy_bytes
-            self._pace(allowed)
-            began = time.monotonic()
-            if copy.target == at.ep_rank:
-                here = self._parts(ffn, copy.source_slot - first if copy.source == at.ep_rank else 0)
-                packed = _pack(here)
-                if copy.source != at.ep_rank:
-                    guarded(partial(dist.recv, packed, self._peer(copy.source), group=self._group.pg))
-                rows[copy.target_slot - first] = packed
-            elif copy.source == at.ep_rank:
+            sends, receives = (at.ep_rank == end for end in (copy.source, copy.target))
+            packed = torch.empty(own_bytes if receives else 0, dtype=torch.uint8)
+            if sends:
                 packed = _pack(self._parts(ffn, copy.source_slot - first))
-                guarded(partial(dist.send, packed, self._peer(copy.target), group=self._group.pg))
-                took = packed.numel(), time.monotonic() - began
-                self._fastest = took if not self._fastest[0] else min(self._fastest, took, key=lambda one: one[1] / one[0])
+            for begin in range(0, own_bytes, piece_bytes):
+                piece = packed[begin:begin + piece_bytes]
+                allowed += min(piece_bytes, own_bytes - begin) * at.expert_tp
+                self._pace(allowed)
+                if sends and not receives:
+                    began = time.monotonic()
+                    guarded(partial(dist.send, piece, self._peer(copy.target), group=self._group.pg))
+                    took = piece.numel(), time.monotonic() - began
+                    self._fastest = took if not self._fastest[0] else min(self._fastest, took, key=lambda one: one[1] / one[0])
+                elif receives and not sends:
+                    guarded(partial(dist.recv, piece, self._peer(copy.source), group=self._group.pg))
+            if receives:
+                rows[copy.target_slot - first] = packed
         return rows
 
     def _peer(self, ep_rank: int) -> int:

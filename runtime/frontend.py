@@ -67,7 +67,7 @@ class Frontend:
         self._recovery = Recovery(self._processes, self._watch, model, self.options, self._send_seat)
         self._recovering: asyncio.Task[None] | None = None
         self._suspects = Suspects(self._end, self._add)
-        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._writers, self._serving = dict[int, asyncio.StreamWriter](), set[Any]()
         self._flights: dict[int, Flight] = {}
         self._handovers = Handovers(model, self.targets, self._send, self._wake)
         self._wakes: dict[int, int] = {}
@@ -77,8 +77,7 @@ class Frontend:
         self._quiet = asyncio.Event()
         self._farewells: set[int] = set()
         self._all_left = asyncio.Event()
-        self._draining = False
-        self._stopped = False
+        self._draining = self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
         self._server: asyncio.AbstractServer | None = None
 
@@ -139,6 +138,7 @@ class Frontend:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for writer in self._writers.values():
             writer.close()
+        await asyncio.gather(*self._serving, return_exceptions=True)  # the loop would cancel them, and complain
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
@@ -245,6 +245,7 @@ class Frontend:
         return number
 
     async def _serve_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.current_task())
         try:
             while line := await reader.readline():
                 message = json.loads(line)

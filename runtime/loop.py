@@ -73,7 +73,7 @@ class StepLoop:
         self._wake = self._slept_at = 0
         self._idle = True
         self._told_to_stop = self._stopped = False
-        self._began = self._ended = 0.0
+        self._began = self._ended = self._cpu_s = 0.0
         self._rounds = 0
         self.working: list[int] = []  # requests that this rank deals with just now
 
@@ -205,12 +205,13 @@ class StepLoop:
         """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
         if not self.record:
             return None
-        self._ended = time.monotonic()
+        self._ended, cpu_s = time.monotonic(), time.process_time()
+        cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
         parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
         decodes = len(plan.decode)
-        return {"start": self._began, "end": self._ended, "parts": parts, "round": self._rounds, "decode_seqs": decodes,
-                "decode_context": sum(s.start + 1 for s in segments[:decodes]), "prefill_seqs": len(plan.prefill),
-                "prefill_tokens": plan.prefill_tokens, "tokens": plan.total_tokens,
+        return {"start": self._began, "end": self._ended, "cpu_s": cpu_s, "parts": parts, "round": self._rounds,
+                "decode_seqs": decodes, "decode_context": sum(s.start + 1 for s in segments[:decodes]),
+                "prefill_seqs": len(plan.prefill), "prefill_tokens": plan.prefill_tokens, "tokens": plan.total_tokens,
                 "prefill_context": sum(len(s.token_ids) * (s.start + len(s.token_ids) / 2) for s in segments[decodes:])}
 
 

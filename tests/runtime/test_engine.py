@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -225,6 +226,28 @@ def test_ranks_under_torchrun(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stopping_beside_ranks_that_stay_is_silent(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Ranks of somebody else may keep their connection open while the front end, and its loop, end."""
+    complaints: list[dict[str, object]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        options = EngineOptions(external=str(tmp_path), timeout_s=60.0)
+        frontend = Frontend(plan_of({"role": "mixed"}), checkpoints["llama"].model, options)
+        starting = asyncio.create_task(frontend.start())
+        while not (tmp_path / "briefing.json").exists():
+            await asyncio.sleep(0.01)
+        rank.connect(str(tmp_path / "control"))
+        for message in ({"ev": "hello"}, {"ev": "ready", "max_context": 8}):
+            rank.send(json.dumps({"seat": 0, "formation": 0, **message}).encode() + b"\n")
+        await starting
+        await frontend.stop(grace_s=0.1)
+
+    with socket.socket(socket.AF_UNIX) as rank:
+        asyncio.run(run())
+    assert not complaints
 
 
 def _free_port() -> int:
