@@ -103,3 +103,13 @@ def _records(file: Path, limit: int | None, as_json: bool) -> None:
     rows = [[name, str(one["records"]), str(one["answered"]), _percent(one["median_abs_error"]), _percent(one["worst_abs_error"])]
             for name, one in summary["by_kind"].items()]
     click.echo(table(["kind", "records", "answered", "median error", "worst"], rows))
+    if summary["layer_parts"]:
+        say()
+        rows = [[name, str(one["records"]), _percent(one["median_abs_error"]), _percent(one["worst_abs_error"]),
+                 _percent(one["bias"], signed=True)] for name, one in summary["layer_parts"].items()]
+        click.echo(table(["layer part", "records", "median error", "worst", "bias"], rows))
+    if summary["overlap_gains"]:
+        say()
+        rows = [[one["with"], _percent(one["published"], signed=True), _percent(one["predicted"], signed=True)]
+                for one in summary["overlap_gains"]]
+        click.echo(table(["two-batch overlap", "published gain", "predicted gain"], rows))

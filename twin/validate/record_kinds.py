@@ -25,7 +25,7 @@ from twin.validate.record_comm import (
     logical_bandwidth,
     product_rate,
 )
-from twin.validate.record_pools import DRIFT, Asked, asked, expert_loads, rank_excess, redundant_slots
+from twin.validate.record_pools import DRIFT, Asked, asked, expert_loads, rank_excess, redundant_slots, usual_share
 from twin.validate.record_words import Found, Record, model_named, stated, text_of
 from twin.validate.rows import Row, Unanswered, question_of
 from twin.validate.words import model_of
@@ -137,6 +137,7 @@ def layer(record: Record) -> Found | str:
     elif part in _PARTS:
         source = {k: per_layer(k, s) for k, s in even.parts_s.items()} if ask.phase == "prefill" else parts
         value = sum(s for k, s in source.items() if k.startswith(_PARTS[part]))
+        value *= usual_share(ask.costs.site) if part == "moe_gemm" and ask.phase == "prefill" else 1.0
         # a product's table times the quantisation of its input too, which traces show as a kernel of its own
         quantised = _QUANTISE_S * _products(model) * (2 if ask.costs.pool.tbo else 1) * (ask.phase == "decode")
         value += {"other_gemm": -quantised, "other": quantised}.get(part, 0.0)

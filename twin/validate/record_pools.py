@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from twin.cost.batch import Array, StepBatch, StepCost
+from twin.cost.build import Site
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
 from twin.cost.routing import place, slot_shares
@@ -77,6 +78,14 @@ def rank_excess(shares_LE: Array, placement: Placement) -> Array:
     """The fullest rank's load over the mean, by layer: [L]."""
     load_LR = slots_to_ranks(slot_shares(shares_LE, placement), placement)
     return np.asarray(load_LR.max(axis=1) * load_LR.shape[1])
+
+
+def usual_share(site: Site) -> float:
+    """The middle rank's load over the mean, over layers: what traces of one rank show."""
+    if site.popularity_LE is None or site.placement is None:
+        return 1.0
+    load_LR = slots_to_ranks(slot_shares(site.popularity_LE, site.placement), site.placement)
+    return float(np.median(load_LR, axis=1).mean() * load_LR.shape[1])
 
 
 def redundant_slots(experts: int, ep: int, wanted: int) -> int:
