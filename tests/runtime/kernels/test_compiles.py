@@ -16,7 +16,7 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.kernels import replicas, symm
+from runtime.kernels import moe, replicas, symm
 
 def build(kernel, constants, warps, **types):
     signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
@@ -40,6 +40,11 @@ for fp8 in (False, True):
     build(symm._push_kernel, {**shape, "WORLD": 8, "FP8": fp8, "BLOCK": 8192 if fp8 else 2048}, 8 if fp8 else 4, x="*bf16",
           slots=i64, weights="*fp32", bases=i64, sent=i64)
     build(symm._gather_sum_kernel, {**shape, "HOME": not fp8, "BLOCK": 2048}, 4, slots=i64, bases=i64, out="*bf16", fetched=i64)
+for weights, out in (("*bf16", "*bf16"), ("*fp8e4nv", "*fp16")):  # fp8 rows widened in registers
+    flags = {"CHOICES": 8, "ACTIVATION": 0, "HAS_SCALE": weights != out, "HAS_BIAS": False, "HAS_A_SCALE": True, "WIDEN": True,
+             "IN_ORDER": False, "DIRECT": False, "EVEN_N": True, "EVEN_K": True, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}
+    build(moe._up_kernel, flags, 4, x="*fp8e4nv", w13=weights, h=out, sorted_rows=i32, expert_ids=i32, num_padded=i32,
+          scale="*fp32", bias="*fp32", a_scale="*fp32", alpha="fp32", limit="fp32")
 print("compiled")
 """
 
