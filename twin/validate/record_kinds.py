@@ -70,8 +70,11 @@ def throughput(record: Record) -> Found | str:
     """Tokens a second of one step repeated: a GPU, a node, an instance or a user, as the unit says."""
     if not any(record.get(word) for word in ("ep", "gpus", "dp", "tp")):
         return "states no EP size and no number of GPUs: a throughput without its deployment"
+    unit = str(record.get("unit", "")).lower()
+    if record.get("concurrency") and record.get("isl") and record.get("osl") and record.get("phase") not in ("prefill", "decode"):
+        return _served(record, unit)
     ask = asked(record)
-    step, unit = ask.step(), str(record.get("unit", "")).lower()
+    step = ask.step()
     tokens, pool = ask.tokens, ask.costs.pool
     if "node" in unit:
         tokens *= ask.costs.cluster.groups[0].gpus_per_node
@@ -80,6 +83,24 @@ def throughput(record: Record) -> Found | str:
     elif "gpu" not in unit:
         tokens *= max(pool.world, int(record.get("gpus") or 0))
     return Found(tokens / step.total_s, tokens / step.high_s, tokens / step.low_s, _sources(step, ask))
+
+
+def _served(record: Record, unit: str) -> Found | str:
+    """Tokens a second of a whole closed loop: every user's output over its time to the first token and those between the rest."""
+    ends = [serving({**record, "metric": metric}) for metric in ("ttft", "tpot")]
+    wrong = next((end for end in ends if isinstance(end, str)), None)
+    if wrong is not None:
+        return wrong
+    first, rest = (end for end in ends if isinstance(end, Found))
+    users, osl = float(record["concurrency"]), float(record["osl"])
+    counted = osl + (float(record["isl"]) if "total" in str(record["metric"]) else 0.0)
+    counted = float(record["isl"]) if "input" in str(record["metric"]) else counted
+    gpus = float(record.get("gpus") or 8)
+    shares = {"gpu": gpus, "node": gpus / 8, "user": users}
+    share = next((part for word, part in shares.items() if word in unit), 1.0)
+    value, low, high = (users * counted / (t * 1e-3 + (osl - 1) * each * 1e-3) / share for t, each in (
+        (first.value, rest.value), (first.high, rest.high), (first.low, rest.low)))
+    return Found(value, low, high, tuple(sorted({*first.sources, *rest.sources})))
 
 
 def step_time(record: Record) -> Found | str:

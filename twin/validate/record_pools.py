@@ -18,6 +18,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
 from twin.validate.record_words import (
     Record,
+    cached_share,
     cluster_of,
     engine_of_record,
     model_named,
@@ -131,6 +132,7 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     cluster, text = cluster_of(record, dp * tp), text_of(record)
     assumed = list(said.assumed)
     redundant, layout = 0, None
+    ep = ep if model.moe is not None else 1
     if model.moe is not None:
         redundant = redundant_slots(model.moe.experts, ep, said.redundant)
         if said.even and model.moe.groups > 1:  # loads made even by choosing experts at random heed no groups
@@ -153,7 +155,10 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     if layout is not None:
         costs = costs.relaid(*layout)
     if phase == "prefill":
-        return Asked(costs, StepBatch.prefill([tokens], 0, prompts), tokens / tp, phase, True, tuple(assumed))
+        held = cached_share(record)
+        chunks = max(1.0, prompts / (1 - held))
+        batch = StepBatch.prefill([tokens], held * (isl or 4096.0), chunks)
+        return Asked(costs, batch, tokens / (1 - held) / tp, phase, True, tuple(assumed))
     if not isl:
         cached = re.search(r"kv (\d+)k", text)
         isl = float(cached[1]) * 1024 if cached else 4096.0 if said.even or said.drafts else 2000.0
@@ -181,8 +186,9 @@ def _decode_seqs(record: Record, gpus: int, text: str, assumed: list[str]) -> fl
     """Sequences a GPU decodes at once."""
     if record.get("batch_per_gpu"):
         return number(record["batch_per_gpu"])
-    if record.get("concurrency"):
-        return max(1.0, number(record["concurrency"]) / gpus)
+    for word in ("concurrency", "global_batch", "batch"):
+        if record.get(word):
+            return max(1.0, number(record[word]) / gpus)
     if "profile" not in text and "infersim" not in text:  # DeepSeek's decode profile has 128 a GPU
         assumed.append("batch")
     return _DECODE_SEQS

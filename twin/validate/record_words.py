@@ -104,6 +104,15 @@ def precision_of_record(record: Record) -> Precision:
     return Precision(weights="fp8_block", experts=narrow or "fp8_block", kv=kv, dispatch="fp8")  # type: ignore[arg-type]
 
 
+def cached_share(record: Record) -> float:
+    """The part of prompt tokens that a prefix cache holds and throughput counts all the same; 0 where nothing says so."""
+    given = record.get("cache_hit_rate")
+    if given is None:
+        said = re.search(r"cache\w*[- ]hit\w*\D{0,20}(\d+(?:\.\d+)?)\s*%", text_of(record))
+        given = float(said[1]) / 100 if said else 0.0
+    return min(max(float(given), 0.0), 0.99)
+
+
 def engine_of_record(record: Record) -> str:
     text = f"{text_of(record)} {record.get('engine', '')}".lower()
     return "vllm" if "vllm" in text or "llm-d" in text else "trtllm" if re.search(r"trt|tensorrt", text) else "sglang"

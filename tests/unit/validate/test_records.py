@@ -171,3 +171,20 @@ def test_kv_of_a_model_and_a_prompt_is_worth_more_than_a_rounded_size() -> None:
     assert exact.value == pytest.approx(rounded.value, rel=0.01)
     slow = kv_transfer({"size_bytes": 2**32, "network": "200Gb/s", "metric": "kv_transfer_time"})
     assert isinstance(slow, Found) and slow.value == pytest.approx(360, rel=0.1)
+
+
+def test_cached_prompts_count_and_cost_little() -> None:
+    plain = {**PREFILL, "model": "deepseek-r1", "gpu": "H800", "ep": 32}
+    held = {**plain, "note": "cache hits of 50%"}
+    assert value(plain) * 1.5 < value(held) < value(plain) * 2.5
+    assert asked({**held, "note": "", "cache_hit_rate": 0.5}).tokens == asked(held).tokens == 2 * asked(plain).tokens
+
+
+def test_whole_services_and_dense_models_are_answered_too() -> None:
+    loop = {"model": "deepseek-r1", "gpu": "H200", "gpus": 8, "tp": 8, "phase": "mixed", "isl": 1024, "osl": 1024, "concurrency": 64,
+            "backend": "sglang 0.5.9", "metric": "output_throughput", "unit": "tok/s"}
+    tpot = value({**loop, "metric": "tpot", "unit": "ms"})
+    assert 0.8 * 64e3 / tpot < value(loop) < 64e3 / tpot
+    assert value({**loop, "unit": "tok/s/GPU"}) == pytest.approx(value(loop) / 8)
+    dense = {**DECODE, "model": "qwen3-32b", "gpu": "H100", "gpus": 4, "tp": 4, "batch_per_gpu": None, "concurrency": 64}
+    assert value({**dense, "concurrency": 128}) > value(dense) > 0
