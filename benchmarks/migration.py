@@ -7,8 +7,9 @@ seconds, each token takes one expert, so loads are skewed and change, and expert
 against as many steps right before and right after it: what else the machine does drifts more slowly than that. Full decode
 steps alone are compared, whose batch is the same, so throughput is their number a second. Beside the wall's seconds stand
 those of the ranks' processors, all threads counted, which others on the machine change little. `throughput_while_migrating`
-is the median over migrations of seconds a step around them over seconds a step in them, with its middle half. The same run
-without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
+is the median over migrations of seconds a step around them over seconds a step in them, with its middle half.
+`moving_thread_share` is what the thread that decides and moves took of its rank's processor seconds meanwhile, which hardly
+depends on the machine; what sockets and the change of slots cost is not in it. The same run without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def figures_of(steps: Sequence[dict[str, Any]], cycles: Sequence[dict[str, Any]]
         pace = {name: _spread([w[name] for w in windows]) for name in ("wall_s", "cpu_s")}
         found |= {"windows": len(windows), "throughput_while_migrating": pace["wall_s"],
                   "throughput_by_processor_seconds": pace["cpu_s"],
+                  "moving_thread_share": _spread([2 * c["thread_cpu_s"] / (c["last_round"] - c["first_round"])
+                                                  / found["cpu_s_per_step"]["mean"] for c in moved]),
                   "migrations": len(moved), "bytes": sum(c["bytes"] for c in moved),
                   "steps_per_migration": statistics.mean(c["last_round"] - c["first_round"] for c in moved),
                   "imbalance_before": statistics.mean(c["imbalance_before"] for c in moved),

@@ -130,7 +130,7 @@ class Rebalancer:
             self._clock.point("migration")
         for layer, wanted in made.layers:
             self._reached((layer, self._fetch(layer, wanted)))
-        self._news |= {"end": time.monotonic()}
+        self._news |= {"end": time.monotonic(), "thread_cpu_s": time.thread_time()}  # of this rank's cycle, I/O aside
         self._reached(None)
 
     def _fetch(self, layer: int, wanted: tuple[Copy, ...]) -> dict[int, torch.Tensor]:

@@ -15,7 +15,7 @@ def step(number: int, wall_s: float, cpu_s: float, **more: int) -> list[dict[str
 
 def cycle(first: int, last: int, copies: int = 3) -> dict[str, object]:
     return {"first_round": first, "last_round": last, "copies": copies, "bytes": 10 * copies, "imbalance_before": 1.3,
-            "imbalance_after": 1.0, "solve_s": 0.01}
+            "imbalance_after": 1.0, "solve_s": 0.01, "thread_cpu_s": 0.2}
 
 
 def test_a_migration_is_held_against_its_neighbours() -> None:
@@ -32,6 +32,7 @@ def test_a_migration_is_held_against_its_neighbours() -> None:
     assert found["throughput_while_migrating"]["median"] == pytest.approx(0.8)
     assert found["throughput_by_processor_seconds"]["median"] == pytest.approx(1 / 1.1)
     assert found["steps"] == 80
+    assert found["moving_thread_share"]["median"] == pytest.approx(2 * 0.2 / 20 / 1.0), "of one of two ranks"
     assert found["bytes"] == 60
 
 
