@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Wire:
     legs: tuple[Leg, ...]
     layers: int
 
-    @property
+    @cached_property
     def flows_k(self) -> Array:
         """Flows that a link's bandwidth is shared with while an exchange is on it: [k]."""
         return np.asarray(np.max([leg.flows_k for leg in self.legs], axis=0))
