@@ -9,7 +9,8 @@ steps alone are compared, whose batch is the same, so throughput is their number
 those of the ranks' processors, all threads counted, which others on the machine change little. `throughput_while_migrating`
 is the median over migrations of seconds a step around them over seconds a step in them, with its middle half.
 `moving_thread_share` is what the thread that decides and moves took of its rank's processor seconds meanwhile, which hardly
-depends on the machine; what sockets and the change of slots cost is not in it. The same run without rebalancing (`eplb: null`) stands beside it, for what counting and deciding cost.
+depends on the machine; what sockets and the change of slots cost is not in it. The same run without rebalancing
+(`eplb: null`) stands beside it, for what counting and deciding cost.
 """
 
 from __future__ import annotations

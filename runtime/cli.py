@@ -69,6 +69,8 @@ def make_options(checkpoint: Path | None, device: str, dtype: str | None, timeou
 )
 @click.option("--served-model-name", help="Name in /v1/models; default: the model's.")
 @click.option("--recover/--no-recover", default=True, show_default=True, help="Go on without ranks that are lost, or end.")
+@click.option("--stall-timeout", "stall_timeout_s", type=click.FloatRange(0.1, 3600), default=30.0, show_default=True,
+              help="Seconds without progress after which a rank that is alive counts as lost.")
 def serve(
     plan: str,
     model_name: str | None,
@@ -81,6 +83,7 @@ def serve(
     max_outstanding: int,
     served_model_name: str | None,
     recover: bool,
+    stall_timeout_s: float,
 ) -> None:
     """Serve PLAN (a plan.json, a run directory, or a scenario that states a plan: try `tiny_cpu`) as an OpenAI-compatible API.
 
@@ -88,7 +91,7 @@ def serve(
     When EPTWIN_API_KEY is set, requests need `Authorization: KEY` or `Authorization: Bearer KEY`. SIGTERM drains.
     """
     chosen, model = plan_and_model(plan, model_name)
-    options = make_options(checkpoint, device, dtype, timeout_s, recover=recover)
+    options = make_options(checkpoint, device, dtype, timeout_s, recover=recover, stall_timeout_s=stall_timeout_s)
     settings = GatewaySettings(
         model_name=served_model_name or model.name, max_context=model.max_context, max_outstanding=max_outstanding
     )
