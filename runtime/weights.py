@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from runtime import mxfp4
 from runtime.layout import RankLayout
 from runtime.model.params import Param, Piece, Placement, Range, checkpoint_tensors, rank_params
 from twin.spec.errors import Problem, SpecError
@@ -26,6 +27,7 @@ from twin.spec.model import ModelSpec
 FP8_BLOCK = 128
 """Side of the blocks that share a scale in DeepSeek's fp8 checkpoints (`weight_block_size`)."""
 _MAX_INDEX_BYTES = 64 << 20
+_MXFP4 = ("_blocks", "_scales")
 _READABLE = {"F32", "BF16", "F16", "F8_E4M3"}
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|_scale_inv)$")
 
@@ -151,31 +153,47 @@ class SafetensorsReader:
     def check(self, expected: Mapping[str, tuple[int, ...]], layers: int, *, tied: bool = False) -> None:
         """Raise SpecError for every missing, extra or wrongly shaped tensor. MTP modules (layers beyond the last) and
         derived tensors are not asked for and may be there."""
-        problems = []
+        problems: list[Problem] = []
+        narrow: set[str] = set()
         for name, shape in expected.items():
-            if name not in self._where:
-                missing = Problem("tensor is missing", field=name, expected=f"shape {list(shape)}")
-                if f"{name}_blocks" in self._where:
-                    missing = Problem("mxfp4 experts cannot be loaded yet", field=name, hint="convert the checkpoint to bf16")
-                problems.append(missing)
+            if name not in self._where and f"{name}_blocks" in self._where:
+                for suffix, stored in zip(_MXFP4, mxfp4.stored_shapes(shape), strict=True):
+                    problems += self._check_one(name + suffix, stored, {"U8"})
+                    narrow.add(name + suffix)
                 continue
-            part = self._where[name].get_slice(name)
-            if tuple(part.get_shape()) != shape:
-                problems.append(Problem(f"tensor has shape {list(part.get_shape())}", field=name, expected=f"{list(shape)}"))
-            elif part.get_dtype() not in _READABLE:
-                problems.append(Problem(f"tensor is stored as {part.get_dtype()}", field=name,
-                                        expected="one of " + ", ".join(sorted(_READABLE))))
-        if not any(p.hint.startswith("convert") for p in problems):
-            problems += [Problem("tensor does not belong to this model", field=name)
-                         for name in sorted(self._where.keys() - expected.keys()) if not _may_ignore(name, layers, tied)]
+            problems += self._check_one(name, shape, _READABLE)
+        problems += [Problem("tensor does not belong to this model", field=name)
+                     for name in sorted(self._where.keys() - expected.keys() - narrow) if not _may_ignore(name, layers, tied)]
         if problems:
             raise SpecError(problems, file=self.folder)
 
+    def _check_one(self, name: str, shape: tuple[int, ...], formats: set[str]) -> list[Problem]:
+        if name not in self._where:
+            return [Problem("tensor is missing", field=name, expected=f"shape {list(shape)}")]
+        part = self._where[name].get_slice(name)
+        if tuple(part.get_shape()) != shape:
+            return [Problem(f"tensor has shape {list(part.get_shape())}", field=name, expected=f"{list(shape)}")]
+        if part.get_dtype() not in formats:
+            return [Problem(f"tensor is stored as {part.get_dtype()}", field=name,
+                            expected="one of " + ", ".join(sorted(formats)))]
+        return []
+
     def read(self, piece: Piece) -> torch.Tensor:
+        if piece.source not in self._where:
+            return self._widened(piece)
         value: torch.Tensor = self._slice(piece.source, piece.take)
         if value.dtype != torch.float8_e4m3fn:
             return value
         return self._dequantised(piece, value)
+
+    def _widened(self, piece: Piece) -> torch.Tensor:
+        """The piece of an mxfp4 tensor in bf16; only the blocks that it touches are read."""
+        experts, (first, last), columns = piece.take
+        blocks = (first // mxfp4.BLOCK, -(-last // mxfp4.BLOCK))
+        where = (experts, columns, blocks)
+        packed, scales = (self._slice(piece.source + suffix, where) for suffix in _MXFP4)
+        start = blocks[0] * mxfp4.BLOCK
+        return mxfp4.widen(packed, scales)[..., first - start:last - start].transpose(1, 2)
 
     def _dequantised(self, piece: Piece, value: torch.Tensor) -> torch.Tensor:
         name = f"{piece.source}_scale_inv"

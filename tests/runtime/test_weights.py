@@ -62,14 +62,36 @@ def test_mtp_modules_and_derived_tensors_may_be_there(checkpoints: Checkpoints, 
     load_weights(made.model, single(made.model), checkpoint=tmp_path, seed=0, dtype=torch.float32)
 
 
-def test_mxfp4_is_refused_in_words(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    made = checkpoints["gpt_oss"]
-    tensors = load_file(made.folder / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("gate_up_proj")]:
-        tensors[f"{name}_blocks"] = tensors.pop(name)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(SpecError, match="mxfp4 experts cannot be loaded yet"):
-        load_weights(made.model, single(made.model), checkpoint=tmp_path, seed=0, dtype=torch.float32)
+def test_mxfp4_experts_are_widened_as_transformers_does(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Whole, and each rank's own share of experts or of their width, which cuts through blocks."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    made, stream = checkpoints["gpt_oss"], torch.Generator().manual_seed(4)
+    narrow = load_file(made.folder / "model.safetensors")
+    wide = dict(narrow)
+    for name in [n for n in narrow if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, depth, width = narrow.pop(name).shape
+        blocks = torch.randint(256, (experts, width, depth // 32, 16), generator=stream, dtype=torch.uint8)
+        scales = torch.randint(110, 130, (experts, width, depth // 32), generator=stream, dtype=torch.uint8)
+        narrow |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wide[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+        assert wide[name].shape == (experts, depth, width)
+    folders = {"narrow": narrow, "wide": wide}
+    for folder, tensors in folders.items():
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    for cut in ({}, {"dp": 2, "ep": 2}, {"tp": 4, "ep": 1, "kv_blocks": 8}):
+        plan = Plan(pools=(PoolPlan(role="mixed", **cut),))
+        for at in layouts(plan, made.model):
+            a, b = (load_weights(made.model, at, checkpoint=tmp_path / folder, seed=0, dtype=torch.bfloat16)
+                    for folder in folders)
+            assert all(torch.equal(a[name], b[name]) for name in b)
+            assert a["0.experts.w13"].any()
+    del narrow["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(narrow, tmp_path / "narrow" / "model.safetensors")
+    with pytest.raises(SpecError, match="missing") as told:
+        load_weights(made.model, single(made.model), checkpoint=tmp_path / "narrow", seed=0, dtype=torch.bfloat16)
+    assert "down_proj_scales" in str(told.value)
 
 
 def test_shards_by_index_and_no_way_out_of_the_folder(checkpoints: Checkpoints, tmp_path: Path) -> None:
