@@ -24,6 +24,7 @@ ROWS: Array = np.exp2(np.arange(0.0, 20.01, 1 / _STEPS))
 _BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
 _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
+_DOUBLE = 2.15  # times as long for twice the batch, at most: no measured pair of large batches differs by more
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
 
 
@@ -176,7 +177,7 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
             rows.setdefault(next(iter(op.flops)), []).append((op.key, log_s, evidence))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
-            table = np.log(curve.many(_BATCH[:, None], _LENGTH[None, :]))
+            table = _divisible(np.log(curve.many(_BATCH[:, None], _LENGTH[None, :])))
             found.append(Surface(op, table, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
                                  (evidence_of(curve, 32, 2048),), products))
     for feature, entries in sorted(rows.items()):
@@ -184,6 +185,15 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
         found.append(RowTable(INDEX[feature], tuple(key for key, _, _ in entries), each, np.log(np.exp(each).sum(axis=0)),
                               tuple(evidence for _, _, evidence in entries)))
     return left, found
+
+
+def _divisible(log_s: Array) -> Array:
+    """A batch takes hardly longer than its two halves one after the other: what trends say beyond the largest measured batches is
+    held to that. Log seconds over (`_BATCH`, `_LENGTH`)."""
+    held = log_s.copy()
+    for i in range(_STEPS, len(held)):
+        held[i] = np.minimum(held[i], held[i - _STEPS] + np.log(_DOUBLE))
+    return held
 
 
 def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, launch: Array) -> tuple[Array, Evidence]:

@@ -8,6 +8,7 @@ from cost_cases import cost_model, gqa_model, pool_of
 
 from twin.cost.batch import StepBatch
 from twin.cost.evidence import Evidence
+from twin.cost.measured import _divisible
 from twin.cost.model import CostModel
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Source, Table
 from twin.spec.load import load_cluster, load_gpu, load_model
@@ -100,3 +101,11 @@ def test_one_evidence_keeps_one_interpolator() -> None:
     cluster, plan = load_cluster("h200"), Plan(pools=(pool_of(),))
     gpu = cluster.groups[0].gpu
     assert store.interpolator(gpu, cluster.network, plan) is store.interpolator(gpu, cluster.network, plan)
+
+
+def test_trends_beyond_measured_batches_are_held_to_two_halves_one_after_the_other() -> None:
+    batch = np.arange(20.0)[:, None] / 4 * np.log(2.0) + np.zeros((1, 3))
+    steep = 1.6 * batch  # three times as long for twice the batch
+    held = _divisible(steep)
+    assert (held[4:] - held[:-4] <= np.log(2.2)).all() and (_divisible(batch) == batch).all()
+    assert (np.diff(held, axis=0) > 0).all()

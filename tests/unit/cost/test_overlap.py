@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cost_cases import cost_model, pool_of
 
-from tests.unit.cost.cost_cases import cost_model, pool_of
 from twin.cost.batch import StepBatch
 from twin.cost.engines import engine_of, wide_engine_of
 from twin.cost.model import CostModel

@@ -181,7 +181,8 @@ def test_cached_prompts_count_and_cost_little() -> None:
 
 
 def test_whole_services_and_dense_models_are_answered_too() -> None:
-    loop = {"model": "deepseek-r1", "gpu": "H200", "gpus": 8, "tp": 8, "phase": "mixed", "isl": 1024, "osl": 1024, "concurrency": 64,
+    loop = {"model": "deepseek-r1", "gpu": "H200", "gpus": 8, "tp": 8, "phase": "mixed", "isl": 1024, "osl": 1024,
+            "concurrency": 64,
             "backend": "sglang 0.5.9", "metric": "output_throughput", "unit": "tok/s"}
     tpot = value({**loop, "metric": "tpot", "unit": "ms"})
     assert 0.8 * 64e3 / tpot < value(loop) < 64e3 / tpot
