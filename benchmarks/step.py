@@ -6,7 +6,8 @@
 
 Weights are random. A decode step is one replay of its CUDA graph, replays following one another without the host; its
 time is the median over replays after three to warm up, its spread the 10th and 90th percentile. `--rank-slice` runs
-what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`.
+what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`. `--variants` chooses kernels for few rows as an
+engine does at its start (`runtime.tune`), and measures the step both ways.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from runtime.batch import Segment, make_step
 from runtime.comm.experts import ExpertComm, Local
 from runtime.comm.group import solo
 from runtime.decode import DecodeRunner
+from runtime.few_rows import FewRowsOps
 from runtime.kernels.fused import quant_fp8_rows
 from runtime.kv import make_kv
 from runtime.layout import RankLayout, single
@@ -37,6 +39,7 @@ from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.quantise import quantise
 from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
+from runtime.tune import tune
 from runtime.weights import load_weights
 from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
@@ -93,17 +96,23 @@ class Bench:
         return each
 
 
-def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: int, rates: Rates) -> Json:
+def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: int, rates: Rates, variants: bool) -> Json:
     """One point: `batch` sequences whose context passes `context` in the middle of the replays."""
     each = bench.room(batch, context + replays)
-    runner = DecodeRunner(bench.transformer(comm), bench.kv, bench.block, most=batch, max_context=context + replays,
-                          sizes=[batch])
-    runner.capture()
+    transformer = bench.transformer(comm)
+    if variants:
+        tune(transformer, [batch])
+    runner = DecodeRunner(transformer, bench.kv, bench.block, most=batch, max_context=context + replays, sizes=[batch])
     order = torch.randperm(batch * each).tolist()
     start = context - replays // 2 - _WARM
     segments = [Segment([17 + i], start, order[i * each:(i + 1) * each]) for i in range(batch)]
-    runner.run(segments)
-    seconds = _between(lambda: runner.again(batch), replays)
+
+    def replayed() -> list[float]:
+        runner.capture()
+        runner.run(segments)
+        return _between(lambda: runner.again(batch), replays)
+
+    seconds, tried = _faster(transformer, batch, replayed)
     runner.run(segments)
     kernels = kernel_seconds(runner, batch)
     parts = _parts(bench, runner, segments)
@@ -111,7 +120,25 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
     copied = sum(comm.rows) if isinstance(comm, SliceComm) else 0
     load = Load(batch, float(batch * context), batch * context, batch, rows, copied)
-    return {**_row(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels}
+    return {**_row(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels, **tried}
+
+
+def _faster(transformer: Transformer, batch: int, replayed: Callable[[], list[float]]) -> tuple[list[float], Json]:
+    """Seconds of replays with whichever kernels are faster, which serve from now on; both, and what was timed to choose."""
+    seconds = replayed()
+    ops = transformer.rig.ops
+    if not isinstance(ops, FewRowsOps) or not ops.few.seconds:
+        return seconds, {}
+    parts, both = ops.few.report(), {"fused_s": statistics.median(seconds)}
+    if cuts := ops.few.forget(batch):
+        plain = replayed()
+        if statistics.median(plain) < statistics.median(seconds):
+            seconds = plain
+        else:
+            ops.few.cuts.update(cuts)
+            seconds = replayed()
+        both["plain_s"] = statistics.median(plain)
+    return seconds, {"variants": {**both, "serves": "fused" if ops.few.cuts else "plain", "parts": parts}}
 
 
 def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates) -> Json:
@@ -206,10 +233,22 @@ def show(row: Json) -> None:
         click.echo(f"    {name:16}{seconds * 1e3:9.3f} ms" + (f"   floor {floor * 1e3:.3f}" if floor else ""))
     for name, (seconds, launches) in row.get("kernels_s", {}).items():
         click.echo(f"        {seconds * 1e3:8.3f} ms {launches:5.0f} x {seconds / launches * 1e6:7.1f} us  {name}")
+    if "variants" in row:
+        show_variants(row["variants"])
+
+
+def show_variants(found: Json) -> None:
+    """Both whole steps, and the parts that were timed to choose kernels."""
+    whole = ", ".join(f"{name[:-2]} {found[name] * 1e3:.3f} ms" for name in ("plain_s", "fused_s") if name in found)
+    click.echo(f"    kernels for few rows: {whole}; {found['serves']} serves")
+    for part in found["parts"]:
+        cuts = " ".join(f"n{c['n']}k{c['k']}w{c['warps']}{'d' * c['dot']}{'p' * c['pdl']}" for c in part["cuts"])
+        click.echo(f"        {part['part']:8} {part['tokens']:3} tokens: plain {part['plain_s'] * 1e6:6.1f} us, "
+                   f"fused {part['fused_s'] * 1e6:6.1f} us, {part['serves']} {cuts}")
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,
-           replays: int, rates: Rates) -> list[Json]:
+           replays: int, rates: Rates, variants: bool) -> list[Json]:
     """Every batch at every context."""
     rows = []
     for batch in batches:
@@ -217,7 +256,10 @@ def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[i
         if sliced:
             comm = SliceComm(draw_arrivals(bench.model, bench.at, batch, skew=skew, seed=1, device="cuda"))
         for context in contexts:
-            rows.append((decode if phase == "decode" else prefill)(bench, comm, batch, context, replays, rates))
+            if phase == "decode":
+                rows.append(decode(bench, comm, batch, context, replays, rates, variants))
+            else:
+                rows.append(prefill(bench, comm, batch, context, replays, rates))
             show(rows[-1])
     return rows
 
@@ -235,11 +277,12 @@ def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[i
 @click.option("--layers", type=int, default=None, help="Run only so many layers.")
 @click.option("--block-tokens", type=int, default=64)
 @click.option("--replays", type=int, default=30)
+@click.option("--variants", is_flag=True, help="Choose kernels for up to 16 rows by timing; print both (decode).")
 @click.option("--hf", is_flag=True, help="Then the same steps by transformers, in the same run (Qwen3-MoE).")
 @click.option("--commit", default=None)
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write figures and provenance here.")
 def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int, redundant: int, sliced: bool, skew: float,
-         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, hf: bool,
+         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, variants: bool, hf: bool,
          commit: str | None, out: Path | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a CUDA GPU")
@@ -249,7 +292,8 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
     model = shorten(load_model(name), layers)
     rates = measure_rates()
     bench = Bench(model, slice_layout(model, ep, redundant) if sliced else single(model), precision, block_tokens)
-    rows = points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates)
+    rows = points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates,
+                  variants=variants)
     if hf:
         del bench
         gc.collect()

@@ -135,8 +135,14 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     if device.type == "cuda" and options.backend == "triton" and options.warm_up:
         mark("warm-up")
         prepared["warm_up"] = warm_up(built)
+    prepared["device_allocs"] = device_allocs(device)
     compiles.started()
     return built
+
+
+def device_allocs(device: torch.device) -> int:
+    """How often memory was asked of the device, which stops it each time; 0 on a CPU."""
+    return int(torch.cuda.memory_stats(device).get("num_device_alloc", 0)) if device.type == "cuda" else 0
 
 
 def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from runtime.control import Control, Message
 from runtime.faults import Injector, parse
 from runtime.loop import Reformed, StepLoop
 from runtime.options import Briefing
-from runtime.rank import Rank, build_rank, expert_load
+from runtime.rank import Rank, build_rank, device_allocs, expert_load
 from runtime.routing_record import summarise_pairs
 from runtime.weights import Kept
 from twin.spec.errors import SpecError
@@ -179,7 +179,8 @@ class Worker:
                                                 timeout=patience))
 
     def _tell_totals(self, built: Rank) -> None:
-        totals: Message = {"ev": "totals", "sent_bytes": built.experts.sent_bytes, "expert_load": expert_load(built)}
+        totals: Message = {"ev": "totals", "sent_bytes": built.experts.sent_bytes, "expert_load": expert_load(built),
+                           "device_allocs": device_allocs(built.device)}
         if built.pool.eplb is not None:
             totals["placement"] = built.placement
         counted = [ffn.pairs_EE for ffn in built.transformer.moe_layers if ffn.pairs_EE is not None]

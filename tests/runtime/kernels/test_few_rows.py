@@ -124,3 +124,35 @@ def test_router(options: dict, tokens: int, device, rng, monkeypatch) -> None:
         assert relative_error(weights[real], want[real]) < 1e-3
         assert not arrived.any()
     assert load.sum() == 2 * k * int(real.sum())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90")
+def test_kernels_that_start_while_their_forerunner_ends(device, rng) -> None:
+    """A chain of every fused kernel in a CUDA graph, replayed: each waits for what it reads and for what it overwrites."""
+    tokens, hidden, experts, width, k = 4, 256, 16, 64, 4
+    q, o = (normal(rng, hidden, hidden, dtype=HALF, scale=0.06).to(device) for _ in range(2))
+    w13 = normal(rng, experts, 2 * width, hidden, dtype=HALF, scale=0.06).to(device)
+    w2 = normal(rng, experts, hidden, width, dtype=HALF, scale=0.1).to(device)
+    gate, gain = normal(rng, experts, hidden, dtype=HALF).to(device), normal(rng, hidden, dtype=HALF).to(device)
+    x = normal(rng, tokens, hidden, dtype=HALF).to(device)
+    arrived = torch.zeros(16, dtype=torch.int32, device=device)
+
+    def chain(pdl: bool) -> torch.Tensor:
+        stream = x
+        for _ in range(24):
+            y = skinny_linear(stream, q, Cut(8, 256, 4, pdl=pdl), norm=(gain, 1e-6))
+            stream = skinny_linear(y, o, Cut(16, 64, 4, 3, dot=True, pdl=pdl), residual_TN=stream)
+            normed, weights, ids = norm_gate_topk(stream, gain, 1e-6, gate, k, Cut(4, 0, 2, pdl=pdl), arrived)
+            stream = moe_rows(normed, w13, w2, weights, ids, Cut(8, 256, 4, pdl=pdl), Cut(8, 64, 2, pdl=pdl), residual_TH=stream)
+        return stream
+
+    want = chain(False)
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(True)
+    for _ in range(20):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
