@@ -193,7 +193,7 @@ def _divisible(log_s: Array) -> Array:
     held = log_s.copy()
     for i in range(_STEPS, len(held)):
         held[i] = np.minimum(held[i], held[i - _STEPS] + np.log(_DOUBLE))
-    return held
+    return np.asarray(np.maximum.accumulate(held, axis=0))
 
 
 def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, launch: Array) -> tuple[Array, Evidence]:
