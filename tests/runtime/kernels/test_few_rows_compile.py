@@ -20,8 +20,9 @@ from runtime.kernels import gate, moe_rows, skinny
 
 def build(kernel, constants, cut, **types):
     signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    places = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, places)
+    place = kernel.arg_names.index
+    aligned = {(place(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    source = ASTSource(kernel, signature, {(place(name),): value for name, value in constants.items()}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options={"num_warps": cut.warps, "num_stages": cut.stages, "launch_pdl": True})
     assert made.asm["cubin"] and "griddepcontrol.wait" in made.asm["ptx"], kernel.__name__
@@ -31,8 +32,8 @@ half = dict.fromkeys(("x", "w", "out", "residual", "gain", "bias", "w13", "h", "
 floats = {"scale": "*fp32", "eps": "fp32", "weights": "*fp32", "alpha": "fp32", "limit": "fp32", "ids": "*i32"}
 for cut in (*tune.LANES, *tune.TENSOR):
     for narrow in (False, True):
-        common = {"DEPTH": 2048, "NORM": True, "ADD": True, "HAS_SCALE": narrow, "HAS_BIAS": False, "EVEN_N": True, "EVEN_K": True,
-                  "PDL": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}
+        common = {"DEPTH": 2048, "NORM": True, "ADD": True, "HAS_SCALE": narrow, "HAS_BIAS": False, "EVEN_N": True,
+                  "EVEN_K": True, "PDL": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}
         kernel = skinny._tile_kernel if cut.dot else skinny._vector_kernel
         build(kernel, common, cut, **{**half, **floats, "w": "*fp8e4nv" if narrow else "*bf16"})
 shape = {"HIDDEN": 2048, "WIDTH": 768, "CHOICES": 8, "HAS_SCALE": False, "HAS_BIAS": False, "EVEN_K": True, "PDL": True}
