@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from twin.spec.plan import Plan, PoolPlan
 
 if TYPE_CHECKING:
     from runtime.decode import DecodeRunner
+    from runtime.few_rows import FewRows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CPU_KV_SHARE = 0.25
@@ -151,13 +153,22 @@ def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any
     from runtime.tune import confirm, tune
 
     ops = decode.transformer.rig.ops
-    tuned = tuned and isinstance(ops, FewRowsOps)
+    if isinstance(ops, FewRowsOps):
+        ops.few = _table()
     if tuned:
         tune(decode.transformer, decode.sizes)
     decode.capture()
     steps = confirm(decode) if tuned and alone else {}
     parts = ops.few.report() if isinstance(ops, FewRowsOps) else []
     return {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
+
+
+@cache
+def _table() -> FewRows:
+    """What this process has timed, whatever formation it is in."""
+    from runtime.few_rows import FewRows
+
+    return FewRows()
 
 
 def place(model: ModelSpec, pool: PoolPlan) -> list[list[int]] | None:
