@@ -132,8 +132,10 @@ def compile_exchange(protocol: Protocol, phase: Phase, reach: Reach, network: Ne
     token_s = token_bytes * np.where(on_nvlink | (loads.legs == 1), reach.skew, reach.skew_rail) / rate
     row_s = token_bytes / phase.row_bytes_per_s
     fixed_s = (phase.base_s + row_s + latency_s + (phase.remote_s if remote else 0.0)) if remote or near.any() else 0.0
-    copies = float(reach.copies.sum()) * senders_Rd.sum(axis=0).max()
-    local_s = copies * token_bytes / (hbm_bytes_per_s * phase.local) if phase.local else 0.0
+    local_s = 0.0
+    if phase.local:
+        copies = float(reach.copies.sum()) * senders_Rd.sum(axis=0).max()
+        local_s = copies * token_bytes / (hbm_bytes_per_s * phase.local)
     near *= token_s[on_nvlink, None]
     far *= token_s[~on_nvlink, None]
     return Exchange(_largest(near), _largest(far), fixed_s, protocol.source, local_s)

@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def expected_max(mean_LR: Array, variance_LR: Array, ranks_kept: int = 12) -> Ar
     return _integrate_max(mean, std, 15)
 
 
+@lru_cache(maxsize=256)
 def typical_max(count: int) -> float:
     """Expected largest of `count` standard normal numbers."""
     return float(expected_max(np.zeros((1, count)), np.ones((1, count)))[0])
