@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from runtime.board import Board
+from runtime.board import PHASES, Board
 from runtime.faults import Fault, InjectedFault, Injector, parse
 from runtime.options import EngineOptions
 from twin.spec.errors import SpecError
@@ -38,3 +39,12 @@ def test_it_strikes_once_at_its_time_and_is_counted(tmp_path: Path) -> None:
     injector.at("combine")
     assert Board(tmp_path / "board").fired(1) == 2, "the proof is in the file"
     Injector(parse("1:dispatch:raise:1,1:combine:raise"), 1, board).at("dispatch")  # a new process on the seat: both are spent
+
+
+def test_every_phase_that_is_marked_has_its_place_on_the_board() -> None:
+    """Also those that only a GPU's ranks come to."""
+    room = Path(__file__).parents[2] / "runtime"
+    call = re.compile(r"""(?:mark|within)\("([a-z_-]+)"\)""")
+    marked = {name for path in room.rglob("*.py") for name in call.findall(path.read_text())}
+    assert {"warm-up", "graph", "draft"} <= marked
+    assert marked <= set(PHASES)
