@@ -8,8 +8,9 @@ import mmap
 import struct
 from pathlib import Path
 
-PHASES = ("start", "load", "capture", "warm-up", "reform", "idle", "schedule", "wait", "graph", "embed",
-          "attention", "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts", "head", "sample", "draft", "book", "migrate", "done")
+PHASES = ("start", "load", "capture", "warm-up", "reform", "idle", "schedule", "wait", "graph", "embed", "attention",
+          "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts", "head", "sample", "draft", "book",
+          "migrate", "done")
 _CODE = {name: code for code, name in enumerate(PHASES)}
 _ROW = struct.Struct("<IIIII")  # phase, beats, faults fired, phases begun, whether it waits for others
 
