@@ -48,6 +48,7 @@ def make_options(checkpoint: Path | None, device: str, dtype: str | None, timeou
         dtype=chosen,
         timeout_s=timeout_s,  # type: ignore[arg-type]
         backend="triton" if device == "cuda" else "torch",
+        start_timeout_s=600.0 if device == "cuda" else 120.0,  # kernels are compiled and timed
         **more,
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from triton.errors import TritonError
 
 from runtime.few_rows import Cuts, FewRowsOps, Key
 from runtime.kernels.skinny import MOST_ROWS, Cut
@@ -99,7 +100,7 @@ def _decide(ops: FewRowsOps, trial: Trial, timer: Timer, pdl: bool) -> None:
                 log.warning("%s of %d tokens cut as %s gives other numbers than the plain kernels", key[0], key[1], cuts)
                 return
             seconds = timer(trial.calls)
-        except (RuntimeError, ValueError) as err:  # a cut that this device or shape does not take
+        except (RuntimeError, ValueError, TritonError) as err:  # a cut that this device or shape does not take
             log.warning("%s of %d tokens cut as %s: %s", key[0], key[1], cuts, str(err)[:200])
             return
         if seconds < best_s:
