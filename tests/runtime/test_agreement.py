@@ -106,7 +106,7 @@ def agreement(learned: Learned, options: EngineOptions) -> float:
 def test_the_engine_names_the_tokens_that_transformers_names(name: str, tuned: bool, tmp_path: Path) -> None:
     if tuned and name not in ("qwen3_moe", "gpt_oss"):
         pytest.skip("tuning takes long; two architectures have every part that it chooses")
-    learned = learn(tmp_path, name, "cuda", 250, wide=True)
+    learned = learn(tmp_path, name, "cuda", 160, wide=True)
     assert learned.known > 0.9, "the model did not learn its texts, so that agreement would say little"
     share = agreement(learned, EngineOptions(checkpoint=str(tmp_path), dtype="bf16", device="cuda", backend="triton", tune=tuned))
     print(f"{name}: {share:.4%} of {learned.named.numel()} tokens")

@@ -92,3 +92,31 @@ def test_an_entry_serves_its_own_number_of_tokens_alone(device: torch.device) ->
     assert table.find("out", 2, weight) and not table.find("out", 3, weight) and not table.find("qkv", 2, weight)
     taken = table.forget(2)
     assert len(taken) == 2 and not table.cuts
+
+
+class Rehearsed:
+    """A runner as `confirm` sees it: what steps take and give with and without entries in the table."""
+
+    sizes = (1, 2, 64)
+
+    def __init__(self, transformer: Transformer, fused_s: float, logits: torch.Tensor) -> None:
+        self.transformer, self.graphs = transformer, {1: "plain", 2: "fused", 64: "plain"}
+        self._fused_s, self._logits = fused_s, logits
+
+    def rehearse(self, size: int) -> tuple[float, torch.Tensor]:
+        return (self._fused_s, self._logits) if self.graphs[size] == "fused" else (1.0, torch.ones(2, 8))
+
+    def capture_one(self, size: int) -> None:
+        self.graphs[size] = "fused" if any(key[1] == size for key in few(self.transformer).cuts) else "plain"
+
+
+@pytest.mark.parametrize(("fused_s", "logits", "serves"), [
+    (0.9, torch.ones(2, 8) * 1.01, "fused"), (1.1, torch.ones(2, 8), "plain"), (0.5, torch.ones(2, 8) * 2, "plain"),
+    (0.5, torch.full((2, 8), float("nan")), "plain")])
+def test_whole_steps_decide(device: torch.device, fused_s: float, logits: torch.Tensor, serves: str) -> None:
+    """Neither a size whose step is slower nor one whose logits differ keeps fused kernels."""
+    transformer, _ = build(tiny("llama"), "triton", device)
+    few(transformer).cuts[("out", 2, (64, 64))] = (Cut(16, 64, 1),)
+    runner = Rehearsed(transformer, fused_s, logits)
+    assert tune.confirm(runner) == {2: (1.0, fused_s)}  # type: ignore[arg-type]
+    assert runner.graphs == {1: "plain", 2: serves, 64: "plain"} and bool(few(transformer).cuts) == (serves == "fused")
