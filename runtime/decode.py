@@ -78,8 +78,8 @@ class DecodeRunner:
         self.graphs[size] = (graph, drawn)
 
     def rehearse(self, size: int, replays: int = 15) -> tuple[float, torch.Tensor]:
-        """Median seconds of a captured size, in made-up contexts of up to 1024 tokens, and the logits of a first step, of the same
-        tokens every time. What it writes into the cache means nothing; padding alone is left as input."""
+        """Median seconds of a captured size, in made-up contexts of up to 1024 tokens, and the logits of a first step, of
+        the same tokens every time. What it writes into the cache means nothing; padding alone is left as input."""
         context, width = min(1024, self.max_context), self.tables_BP.shape[1]
         tables = torch.arange(size * width, dtype=torch.int32, device=self.ids_B.device) % len(self.kv[0])
         self.tables_BP[:size] = tables.view(size, width)

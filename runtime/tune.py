@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import triton
 from triton.errors import TritonError
 
 from runtime.few_rows import Cuts, FewRowsOps, Key
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("eptwin.tune")
 _LAYERS = 12
 """Layers whose weights a timing rotates over."""
+_MOST_STEPS = 16
 _GAIN = 0.98
 """A fused kernel must take at most this share of the plain operators' time."""
 _ROUNDING, _ROUNDING_FP8 = 0.02, 0.06
@@ -42,7 +44,7 @@ Timer = Callable[[Sequence[Callable[[], object]]], float]
 
 LANES = (Cut(8, 512, 4), Cut(4, 2048, 4), Cut(16, 512, 8))
 TENSOR = (Cut(16, 256, 4, 4, dot=True), Cut(32, 256, 4, 3, dot=True), Cut(16, 512, 4, 3, dot=True))
-ROUTER = (Cut(2, 0, 1), Cut(4, 0, 2), Cut(4, 0, 4))
+ROUTER = (Cut(2, 0, 1), Cut(4, 0, 2), Cut(4, 0, 4), Cut(2, 0, 4))
 UP = (Cut(8, 512, 4), Cut(4, 1024, 4), Cut(16, 256, 4))
 DOWN = (Cut(8, 256, 4), Cut(4, 256, 2), Cut(16, 256, 8))
 
@@ -143,12 +145,13 @@ def trials(transformer: Transformer, ops: FewRowsOps, tokens: int) -> Iterator[T
     layers = transformer.layers
     gqa = _spread([layer for layer in layers if isinstance(layer.attention, Gqa) and layer.attention.alone])
     if gqa:
-        yield Trial(_key("qkv", tokens, gqa[0].attention.qkv), [_qkv(ops, layer, x) for layer in gqa], _products(tokens),
-                    narrow=isinstance(gqa[0].attention.qkv, Fp8Weight))
+        yield Trial(_key("qkv", tokens, gqa[0].attention.qkv), [_qkv(ops, layer, x) for layer in gqa],
+                    _products(tokens, gqa[0].attention.qkv), narrow=isinstance(gqa[0].attention.qkv, Fp8Weight))
     alone = _spread([layer for layer in layers if layer.attention.alone])
     if alone:
         y = draw(_data(alone[0].attention.out).shape[1])
-        yield Trial(_key("out", tokens, alone[0].attention.out), [_out(ops, layer, y, x) for layer in alone], _products(tokens),
+        yield Trial(_key("out", tokens, alone[0].attention.out), [_out(ops, layer, y, x) for layer in alone],
+                    _products(tokens, alone[0].attention.out),
                     adds=True, narrow=isinstance(alone[0].attention.out, Fp8Weight))
     moe = _spread([layer for layer in layers if isinstance(layer.ffn, MoeFfn) and transformer.at.tp == 1])
     if not moe or not isinstance(moe[0].ffn, MoeFfn):
@@ -157,13 +160,14 @@ def trials(transformer: Transformer, ops: FewRowsOps, tokens: int) -> Iterator[T
     weight = router.narrow_EH if router.narrow_EH is not None else router.weight_EH
     yield Trial(_key("router", tokens, weight), [_route(ops, layer, x) for layer in moe], tuple((cut,) for cut in ROUTER))
     if moe[0].ffn.alone:
-        spec = moe[0].ffn.moe
+        spec, (_, hidden, width) = moe[0].ffn.moe, moe[0].ffn.weights.w2.shape
         order = torch.rand(len(moe), tokens, spec.experts, generator=stream, device=table.device)
         ids = order.topk(spec.top_k, -1)[1].int()
         weights = torch.rand(tokens, spec.top_k, generator=stream, device=table.device)
         yield Trial(_key("experts", tokens, moe[0].ffn.weights.w13),
                     [_experts(ops, layer, x, ids[i].contiguous(), weights) for i, layer in enumerate(moe)],
-                    tuple((cut, DOWN[0]) for cut in UP), DOWN[1:], adds=True,
+                    tuple((fit(cut, hidden), fit(DOWN[0], width)) for cut in UP), tuple(fit(cut, width) for cut in DOWN[1:]),
+                    adds=True,
                     narrow=moe[0].ffn.weights.s13 is not None)
 
 
@@ -201,9 +205,16 @@ def _spread(layers: list[Layer]) -> list[Layer]:
     return layers[::max(1, len(layers) // _LAYERS)][:_LAYERS]
 
 
-def _products(tokens: int) -> tuple[Cuts, ...]:
+def _products(tokens: int, weight: Weight) -> tuple[Cuts, ...]:
     """Ways to cut a product: two rows may still do without the tensor cores."""
-    return tuple((cut,) for cut in (*(LANES if tokens <= 2 else ()), *(TENSOR if tokens > 1 else ())))
+    depth = _data(weight).shape[1]
+    return tuple((fit(cut, depth),) for cut in (*(LANES if tokens <= 2 else ()), *(TENSOR if tokens > 1 else ())))
+
+
+def fit(cut: Cut, depth: int) -> Cut:
+    """The cut for a product of this depth: no deeper than it, and lane by lane, where every step is unrolled, in few steps."""
+    k = min(cut.k, triton.next_power_of_2(depth))
+    return replace(cut, k=k if cut.dot else max(k, triton.next_power_of_2(triton.cdiv(depth, _MOST_STEPS))))
 
 
 def _key(part: str, tokens: int, weight: Weight) -> Key:

@@ -120,3 +120,8 @@ def test_whole_steps_decide(device: torch.device, fused_s: float, logits: torch.
     runner = Rehearsed(transformer, fused_s, logits)
     assert tune.confirm(runner) == {2: (1.0, fused_s)}  # type: ignore[arg-type]
     assert runner.graphs == {1: "plain", 2: serves, 64: "plain"} and bool(few(transformer).cuts) == (serves == "fused")
+
+
+def test_cuts_fit_the_depth() -> None:
+    assert tune.fit(Cut(8, 512, 4), 2048).k == 512 and tune.fit(Cut(8, 512, 4), 100).k == 128
+    assert tune.fit(Cut(8, 256, 4), 14336).k == 1024 and tune.fit(Cut(16, 256, 4, dot=True), 14336).k == 256
