@@ -132,9 +132,11 @@ def left_over(seen: Sequence[Seen], fit: Deployments, before: Deployments) -> Ar
     return np.array([s.error for s in seen]) + np.einsum("rmk,rk->rm", np.array([s.slope for s in seen]), moved)
 
 
-def folds(seen: Sequence[Seen], pull: float, before: Deployments) -> Array:
-    """Log errors [rows, 2] of rows whose configuration was left out of the fit."""
-    which = np.array([hashlib.sha256(s.configuration.encode()).digest()[1] % _FOLDS for s in seen])
+def folds(seen: Sequence[Seen], pull: float, before: Deployments, *, strangers: bool = False) -> Array:
+    """Log errors [rows, 2] of rows whose configuration was left out of the fit; with `strangers` all of their model, format
+    and generation of GPUs under their engine was."""
+    names = ["|".join(s.keys[1]) if strangers else s.configuration for s in seen]
+    which = np.array([hashlib.sha256(name.encode()).digest()[1] % _FOLDS for name in names])
     errors = np.zeros((len(seen), 2))
     for fold in range(_FOLDS):
         fit = solve([s for s, f in zip(seen, which, strict=True) if f != fold], pull, before)
@@ -166,10 +168,13 @@ def fit(questions: list[Question], seed: int, workers: int, rounds: int) -> tupl
         tried = {p: folds(seen, p, found) for p in _PULLS}
         pull = min(tried, key=lambda p: float(np.minimum(np.abs(tried[p]), _BOUND) @ [1.0, _TTFT_WEIGHT] @ np.ones(len(seen))))
         report |= {"pull": pull, "left_out": summary(tried[pull], seen), "pulls": {p: summary(e, seen) for p, e in tried.items()}}
+        report["strangers"] = summary(folds(seen, pull, found, strangers=True), seen)
         now = solve(seen, pull, found)
         report["inside"] = summary(left_over(seen, now, found), seen)
         found = now
-        click.echo(f"round {turn + 1}: pull {pull}, left out {report['left_out']}, inside {report['inside']}")
+        click.echo(f"round {turn + 1}: pull {pull}")
+        for name in ("left_out", "strangers", "inside"):
+            click.echo(f"  {name}: {report[name]}")
     return found, report
 
 
