@@ -93,8 +93,9 @@ def kv_block_bytes(model: ModelSpec, precision: Precision, pool: PoolPlan, *, mt
 
 def memory_of(model: ModelSpec, precision: Precision, pool: PoolPlan, engine: Engine, hbm_bytes: float, backend: str, *,
               mtp: bool) -> Memory:
-    """The fullest rank of a pool (with the MTP modules where `mtp`). Everything together stays within `memory_fraction` of the GPU; what is left over is the
-    KV pool, unless `kv_blocks` states it. Raises Infeasible("memory") saying what was needed and what there was."""
+    """The fullest rank of a pool (with the MTP modules where `mtp`). Everything together stays within `memory_fraction`
+    of the GPU; what is left over is the KV pool, unless `kv_blocks` states it. Raises Infeasible("memory") saying what
+    was needed and what there was."""
     dense = dense_weight_bytes(model, precision, pool.tp, mtp=mtp)
     experts = expert_weight_bytes(model, precision, pool, mtp=mtp)
     live = activation_bytes_of(model, precision, pool, engine)
