@@ -71,7 +71,7 @@ def gate_topk(
         HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
         PARTS=logits.shape[0] if logits.dim() == 3 else 1, K=k,
         SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
-        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2",
+        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2" and each > 1,
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), num_warps=1,
     )  # fmt: skip
     return weights, ids
@@ -115,7 +115,7 @@ def norm_gate_topk(
         load_E if load_E is not None else ids, eps, experts, scale,
         HIDDEN=hidden, HAS_LOGIT_BIAS=logit_bias_E is not None, HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
         K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
-        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2", PDL=cut.pdl,
+        TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2" and each > 1, PDL=cut.pdl,
         BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), BLOCK_N=cut.n,
         BLOCK_H=triton.next_power_of_2(hidden), num_warps=cut.warps, **launch_options(cut),
     )  # fmt: skip

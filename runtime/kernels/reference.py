@@ -124,7 +124,7 @@ def gate_topk(
     choice = score if bias_E is None else score + bias_E.to(compute)
     if groups > 1:
         by_group = choice.unflatten(1, (groups, -1))
-        value = by_group.topk(2, -1).values.sum(-1) if group_score == "top2" else by_group.amax(-1)
+        value = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1) if group_score == "top2" else by_group.amax(-1)
         best = value.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
         allowed = torch.zeros_like(value, dtype=torch.bool).scatter_(1, best, True)
         choice = by_group.masked_fill(~allowed[:, :, None], float("-inf")).flatten(1)

@@ -111,6 +111,7 @@ ROUTERS = {
     "deepseek v3": (256, {"k": 8, "scoring": "sigmoid", "scale": 2.5, "groups": 8, "topk_groups": 4, "biased": True}),
     "kimi k2": (384, {"k": 8, "scoring": "sigmoid", "scale": 2.827, "biased": True}),
     "one expert": (1, {"k": 1}),
+    "groups of one": (4, {"k": 2, "scoring": "sigmoid", "groups": 4, "topk_groups": 2, "biased": True}),
 }
 
 
