@@ -95,5 +95,5 @@ def test_parts_make_the_whole() -> None:
 def test_every_phase_of_a_step_has_a_name_in_results() -> None:
     assert set(PHASES) >= ON_DEVICE
     assert set(PARTS) >= ON_DEVICE
-    outside = {"start", "load", "capture", "reform", "idle", "done"}
+    outside = {"start", "load", "capture", "warm-up", "reform", "idle", "done"}
     assert set(PHASES) - outside == set(PARTS)

@@ -58,7 +58,8 @@ def test_parts_make_the_total_and_quick_paths_agree(case: tuple[str, str, dict[s
         assert cost.step_s(batch) == pytest.approx(step.total_s, rel=1e-9)
         assert set(step.sources) == set(step.parts_s)
         assert 0 < step.low_s < step.total_s < step.high_s
-        assert all(seconds > 0 for key, seconds in step.parts_s.items() if not key.startswith("overlap/"))
+        signed = ("overlap/", "engine/slowdown")  # an engine may be faster than the sum of its operators
+        assert all(seconds > 0 for key, seconds in step.parts_s.items() if not key.startswith(signed))
         assert all(seconds <= 0 for key, seconds in step.parts_s.items() if key.startswith("overlap/")), step.parts_s
 
 
