@@ -9,8 +9,8 @@ Legend: R ranks (GPUs) of the instance, d DP ranks, L MoE layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from twin.sim.transfers import Transfers
 
 Floats = NDArray[np.float64]
 _ENDLESS_BYTES = 1e18
-_BESIDE = "overlap/shared_experts"
+_BESIDE, _SLOWDOWN = "overlap/shared_experts", "engine/slowdown"
 _ONCE = ("embedding", "head", "sampling", "tp/logits", "host/", "mtp/")
 
 
@@ -88,12 +88,15 @@ def follow_step(cost: CostModel, batch: StepBatch, beside: Sequence[tuple[int, i
     if "overlap/tbo" in step.parts_s:
         return None
     ranks = [cost.step(_alike(batch, rank)).parts_s for rank in range(cost.pool.dp)]
-    once_s = max(sum(s for key, s in parts.items() if key.startswith(_ONCE)) for parts in ranks)
+    slower = _slower(step.parts_s)
+    once_s = max(sum(s * (1.0 if key.startswith("host/") else slower) for key, s in parts.items() if key.startswith(_ONCE))
+                 for parts in ranks)
     model = cost.model
     dense = _dense_layer(cost, ranks)
     popularity = _relative_load(cost)
     moe = [_MoeLayer(cost, batch, step, ranks, load_R, float(load_R.max() / popularity.max(axis=1).mean()), beside).run()
            for load_R in popularity]
+    dense, moe = _stretched(dense, slower), [_stretched(layer, slower) for layer in moe]
     layers, next_moe = [], 0
     for kind in model.layer_ffn:
         if kind == "dense":
@@ -102,6 +105,17 @@ def follow_step(cost: CostModel, batch: StepBatch, beside: Sequence[tuple[int, i
             layers.append(moe[next_moe % len(moe)])
             next_moe += 1
     return StepView(tuple(layers), once_s, step)
+
+
+def _slower(parts_s: Mapping[str, float]) -> float:
+    """What the engine takes on the device over the sum of its operators."""
+    device_s = sum(seconds for key, seconds in parts_s.items() if not key.startswith(("host/", _SLOWDOWN)))
+    return 1.0 + parts_s.get(_SLOWDOWN, 0.0) / device_s
+
+
+def _stretched(layer: LayerRun, times: float) -> LayerRun:
+    spans = tuple(replace(span, start_s=span.start_s * times, end_s=span.end_s * times) for span in layer.spans)
+    return replace(layer, seconds=layer.seconds * times, spans=spans)
 
 
 def _alike(batch: StepBatch, rank: int) -> StepBatch:

@@ -20,8 +20,10 @@ FP8 = Precision(weights="fp8_block", experts="fp8_block", dispatch="fp8")
 DECODE, PREFILL = "decode", "prefill"
 
 
-def cost(pool: PoolPlan, cluster: str = "h200-4x8", routing: Routing | None = None, model: str = "deepseek-r1") -> CostModel:
-    plan = Plan(pools=(pool if pool.role == "mixed" else pool.model_copy(update={"role": "mixed"}),), precision=FP8)
+def cost(pool: PoolPlan, cluster: str = "h200-4x8", routing: Routing | None = None, model: str = "deepseek-r1",
+         engine: str = "eptwin") -> CostModel:
+    mixed = pool if pool.role == "mixed" else pool.model_copy(update={"role": "mixed"})
+    plan = Plan(pools=(mixed,), precision=FP8, engine=engine)
     return CostModel(load_model(model), load_cluster(cluster), plan, pool, routing=routing)
 
 
@@ -45,6 +47,14 @@ def test_grains_agree_where_nothing_contends(pool, cluster):
     assert view.total_s == pytest.approx(view.step.total_s, rel=0.02)
     assert len(view.layers) == 61 and {layer.kind for layer in view.layers[:3]} == {"dense"}
     assert {layer.kind for layer in view.layers[3:]} == {"moe"}
+
+
+@pytest.mark.parametrize("role", [DECODE, PREFILL])
+def test_what_an_engine_takes_beyond_its_operators_is_in_both_grains(role):
+    pool = PoolPlan(role=role, dp=8, ep=8, comm="nccl")
+    view = follow_step(cost(pool, "h200-1x8", engine="trtllm"), even(pool))
+    assert abs(view.step.parts_s["engine/slowdown"]) > 0.02 * view.step.total_s
+    assert view.total_s == pytest.approx(view.step.total_s, rel=0.02)
 
 
 def test_a_rank_with_less_to_do_waits_for_the_others():
