@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twin.cost.grid import Array, Grid
-from twin.cost.interpolate import FREE_AXES, Interpolator, half_width, launch_s, log_ratio
+from twin.cost.interpolate import FREE_AXES, Interpolator, half_width, log_ratio
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Table
 
 _SHEETS, _LINES = 16, 24  # of each table, as many sheets and as many fixed coordinates as are looked at
@@ -54,7 +54,7 @@ def with_spread_against(small: Table, full: Table, peaks: GpuPeaks) -> Table:
         places = [np.isin(levels, small.axes[name]) for name, levels in full.axes.items()]
         lost = ~np.isnan(ratio) & ~np.logical_and.reduce(np.meshgrid(*places, indexing="ij"))
         if lost.any():
-            filled = Grid.fill(tuple(small.axes.values()), log_ratio(small, i, peaks, launch_s(full)))
+            filled = Grid.fill(tuple(small.axes.values()), log_ratio(small, i, peaks, full.least_s))
             misses.append(_scaled_misses(filled, full, lost, ratio))
     return _spread_of(small, misses)
 

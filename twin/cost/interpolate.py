@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from twin.cost.engines import OUR_ENGINE
 from twin.cost.grid import Array, Grid, monotone
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Table, gpu_key, normal_window
 from twin.cost.work import ENGINE_KERNELS, Attrs, equivalent_tokens
@@ -235,7 +236,7 @@ class Interpolator:
             near = _GENERATIONS.get(profile.gpu, profile.gpu) == _GENERATIONS.get(self.gpu, self.gpu)
             away.append(_GENERATION if near else _OTHER_GENERATION)
         if profile.engine != self.engine and table.attrs.get("backend") != "nccl":
-            lent = 1.0 if profile.engine != "eptwin" else _OWN_KERNELS
+            lent = 1.0 if profile.engine != OUR_ENGINE else _OWN_KERNELS
             away.append((lent * _ENGINE_PENALTY, _ENGINE_WIDTH.get(table.operator, 0.0)))
         elif self.version not in (None, profile.engine_version) and profile.engine == self.engine:
             away.append(_VERSION)
@@ -263,7 +264,7 @@ class Interpolator:
             kind = np.maximum(kind, np.where(outside > 0.05, 1.0 + outside, np.minimum(gap, 1.0)))
         peaks = self.peaks if choice.profile.gpu != self.gpu else choice.profile.peaks
         floor_s = np.broadcast_to(peaks.roofline_s(operator, {**fixed, **mesh}, {**table.attrs, **attrs}), total.shape)
-        log_s = monotone(np.log(launch_s(table) + floor_s) + total)
+        log_s = monotone(np.log(table.least_s + floor_s) + total)
         log_s = np.maximum(log_s, np.log(np.maximum(monotone(floor_s), 1e-12)))
         half = np.sqrt(half**2 + choice.bridged**2 + (0.12 * choice.octaves) ** 2)
         kind = np.maximum(kind, 1.5 if choice.octaves > 3 else 0.5 if choice.octaves > 0 else 0.0)
@@ -271,14 +272,9 @@ class Interpolator:
         return Curve(free, knots, log_s, half, kind, detail, choice.transferred)
 
 
-def launch_s(table: Table) -> float:
-    """The launch latency of a table: its smallest seconds."""
-    return table.least_s
-
-
 def log_ratio(table: Table, sheet: int, peaks: GpuPeaks, launch: float | None = None) -> Array:
     """What is interpolated: the log of measured over launch + roofline, on the grid of one sheet (nan: not measured)."""
-    yardstick = peaks.roofline_s(table.operator, table.values(sheet), table.attrs) + (launch or launch_s(table))
+    yardstick = peaks.roofline_s(table.operator, table.values(sheet), table.attrs) + (launch or table.least_s)
     return np.asarray(np.log(table.grid(sheet)) - np.log(yardstick))
 
 
