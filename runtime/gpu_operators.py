@@ -10,6 +10,7 @@ found: a run that was cut short goes on where it stopped. Largest sizes come las
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -126,9 +127,14 @@ def time_calls(calls: Sequence[Call]) -> tuple[float, float]:
         rounds = -(-max(least, round(_LEAST_S / once_s)) // len(calls))
         graph = torch.cuda.CUDAGraph()  # not torch.cuda.graph, which collects garbage and empties the cache at every capture
         graph.capture_begin()
-        for _ in range(rounds):
-            for call in calls:
-                call()
+        try:
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a capture left open would fail every later one too
+                graph.capture_end()
+            raise
         graph.capture_end()
     graph.replay()
     count = rounds * len(calls)
@@ -205,6 +211,9 @@ def key_of(grid: Grid, values: dict[str, int]) -> str:
 
 
 def _point(grid: Grid, values: dict[str, int]) -> tuple[float, float] | None:
+    held = torch.cuda.memory_reserved()
+    if held > torch.cuda.get_device_properties(0).total_memory / 4:
+        torch.cuda.empty_cache()  # nothing can be given back inside a capture, where memory would then run out
     try:
         return time_calls(calls_of(grid.operator, grid.attrs, values))
     except torch.OutOfMemoryError:

@@ -178,9 +178,9 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
-def shorten(model: ModelSpec, layers: int) -> ModelSpec:
-    """The model with its first `layers` layers alone."""
-    if layers >= model.layers:
+def shorten(model: ModelSpec, layers: int | None) -> ModelSpec:
+    """The model with its first `layers` layers alone; None: all."""
+    if layers is None or layers >= model.layers:
         return model
     return model.model_copy(update={"layers": layers, "layer_ffn": model.layer_ffn[:layers],
                                     "layer_attention": model.layer_attention[:layers]})
