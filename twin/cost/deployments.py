@@ -67,7 +67,9 @@ NONE = Deployments({})
 
 
 def as_deployed(engine: Engine, keys: tuple[Key, ...], deployments: Deployments) -> Engine:
-    """The engine with its slowdowns as such deployments were measured."""
+    """The engine as slow as such deployments were measured. What a model's steps with prompts take more is as often kernels
+    launched one by one as work on the device, so both grow."""
     decode, prefill = deployments.factors(keys)
     return replace(engine, decode_slowdown=engine.decode_slowdown * exp(decode),
-                   prefill_slowdown=engine.prefill_slowdown * exp(prefill))
+                   prefill_slowdown=engine.prefill_slowdown * exp(prefill),
+                   eager_launch_s=engine.eager_launch_s * exp(prefill))

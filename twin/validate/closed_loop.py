@@ -7,6 +7,7 @@ their next request when the last ended, all at once at first) some fifty times f
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        return bool(self.unseen) or any(rank.waiting or rank.running for rank in self.ranks)
+        return self.load > 0
 
     def _look(self) -> None:
         """Take what has arrived, when this is a step at which the scheduler looks."""
@@ -169,23 +170,28 @@ class Worker:
         ends = [rank.running[0][0] for rank in self.ranks if rank.running]
         if not ends:
             return until, [], []
-        steps = max(1, int(np.ceil((min(ends) - self.decoded) / self.gain - 1e-9)))
+        steps = max(1, math.ceil((min(ends) - self.decoded) / self.gain - 1e-9))
         if self.unseen:
             look = max(self.next_poll, self.held_since + self.patience if self.held_since >= 0 else 0)
             steps = max(1, min(steps, look - self.steps))
-        n = [len(rank.running) for rank in self.ranks]
-        none = [0.0] * len(n)
-
-        def each(count: int) -> float:
-            context = [rank.context + k * self.gain * (count - 1) / 2 for rank, k in zip(self.ranks, n, strict=True)]
-            return self.times.ranks_s(n, context, none, none)
-
-        step_s = each(steps)
+        step_s = self._decode_s(steps)
         if now + steps * step_s > until > now:
-            steps = max(1, min(steps, int(np.ceil((until - now) / step_s))))
-            step_s = each(steps)
+            steps = max(1, min(steps, math.ceil((until - now) / step_s)))
+            step_s = self._decode_s(steps)
         now += steps * step_s
         return now, [], self._advance(steps, now)
+
+    def _decode_s(self, steps: int) -> float:
+        """Seconds of the middle one of so many decode steps."""
+        grown = self.gain * (steps - 1) / 2
+        if len(self.ranks) == 1:
+            rank = self.ranks[0]
+            n = len(rank.running)
+            return self.times.decode_s(n, rank.context + n * grown)
+        counts = [len(rank.running) for rank in self.ranks]
+        none = [0.0] * len(counts)
+        context = [rank.context + k * grown for rank, k in zip(self.ranks, counts, strict=True)]
+        return self.times.ranks_s(counts, context, none, none)
 
     def _advance(self, steps: int, now: float) -> list[Request]:
         """All sequences gain `steps` tokens; those that reach their length leave."""
@@ -215,11 +221,12 @@ class Loop:
 
 
 def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int, lengths: Callable[[int], tuple[int, int]], *,
-             frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4) -> Loop:
+             frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4,
+             cold_s: float = 0.0) -> Loop:
     """Serve a closed loop with `entry` workers (and `decode` workers where prompts are computed apart).
 
     `waves` requests a user are sent in the test, all users at once at first; of more than `simulated`, the first and the last
-    wave stand for themselves and those between for the rest.
+    wave stand for themselves and those between for the rest. Nothing is computed in the first `cold_s`.
     """
     kept = min(waves, simulated)
     total = kept * concurrency
@@ -235,18 +242,17 @@ def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int
     for _ in range(concurrency):
         send(0.0)
     workers = [*entry, *decode]
-    clock = [0.0] * len(workers)
+    clock = [cold_s] * len(workers)
     left = total
     while left:
-        at = min((clock[i] for i, worker in enumerate(workers) if worker.busy), default=np.inf)
+        i, at = -1, math.inf  # the first of the busy workers that are free soonest
+        for k, worker in enumerate(workers):
+            if worker.load and clock[k] < at:
+                i, at = k, clock[k]
         if arrivals and arrivals[0][0] <= at:
             _deliver(arrivals, entry, decode, clock)
             continue
-        i = clock.index(at)
-        while not workers[i].busy:
-            i = clock.index(at, i + 1)
-        until = arrivals[0][0] if arrivals else np.inf
-        clock[i], first, ended = workers[i].step(at, float(until))
+        clock[i], first, ended = workers[i].step(at, arrivals[0][0] if arrivals else math.inf)
         for request in first:
             request.first_s = clock[i]
             if decode:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from twin.cost.serving import Serving
 
@@ -18,6 +19,7 @@ ACCEPTANCE = 0.7
 
 _POLL_30 = ((16, 30), (0, 10))  # --scheduler-recv-interval: 30 from 16 users on, else 10
 _DEEPSEEK = "deepseek-(r1|v3$)"
+_B = "b[23]00"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Recipe:
     budget is that many prompts instead; padded: the budget holds one prompt and all users' tokens, up to the next 64, and no
     less than budget_tokens. poll: decode steps between looks for new requests, by least users. running: most requests
     that run at once. wait: TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio. expert_parallel: experts
-    are cut by EP whatever the columns say.
+    are cut by EP whatever the columns say. kv: --kv-cache-dtype, empty where it is what quantised weights bring
+    (`words.kv_dtype`). since: first day (ISO date) of the script; rows that do not say when they ran match only recipes without.
     """
 
     engine: str
@@ -48,20 +51,23 @@ class Recipe:
     running: int = 0
     wait: tuple[int, float] = (0, 0.0)
     expert_parallel: bool = False
+    kv: Literal["", "bf16", "fp8"] = ""
+    since: str = ""
 
 
 RECIPES = (
-    Recipe("sglang", _DEEPSEEK, "b200", "fp4", budget_tokens=16384, poll=_POLL_30, running=256),
-    Recipe("sglang", _DEEPSEEK, "b200", "fp8", tp=(4,), budget_tokens=8192, poll=((0, 10),), running=32),
-    Recipe("sglang", _DEEPSEEK, "b200", "fp8", drafts=True, budget_tokens=16384, poll=_POLL_30, running=512),
-    Recipe("sglang", _DEEPSEEK, "b200", "fp8", budget_tokens=32768, poll=_POLL_30, running=128),
+    Recipe("sglang", _DEEPSEEK, _B, "fp4", budget_tokens=16384, poll=_POLL_30, running=256),
+    Recipe("sglang", _DEEPSEEK, _B, "fp8", tp=(4,), budget_tokens=8192, poll=((0, 10),), running=32),
+    Recipe("sglang", _DEEPSEEK, _B, "fp8", drafts=True, budget_tokens=16384, poll=_POLL_30, running=512),
+    Recipe("sglang", _DEEPSEEK, _B, "fp8", budget_tokens=32768, poll=_POLL_30, running=128),
     Recipe("sglang", _DEEPSEEK, "h200", isl=1024, osl=1024, budget_tokens=32768, running=512),
     Recipe("sglang", _DEEPSEEK, "h200", budget_tokens=32768, running=256),
-    Recipe("sglang", "qwen3.5", "b200", "fp4", budget_tokens=16384, poll=((5, 30), (0, 10))),
-    Recipe("sglang", "qwen3.5", "b200", budget_tokens=32768, poll=_POLL_30, running=128),
-    Recipe("sglang", "qwen3.5", "h200", budget_tokens=16384, running=128),
-    Recipe("sglang", "glm-5", "b200", "fp4", budget_tokens=131072),
-    Recipe("sglang", "glm-5", "b200", budget_tokens=32768),
+    Recipe("sglang", "qwen3.5", "b300", "fp8", budget_tokens=16384, poll=((0, 10),)),
+    Recipe("sglang", "qwen3.5", _B, budget_tokens=32768, poll=_POLL_30, running=128),
+    Recipe("sglang", "qwen3.5", "h200", budget_tokens=16384, running=128, kv="fp8"),
+    Recipe("sglang", "glm-5", _B, "fp4", since="2026-04-09", budget_tokens=32768, poll=((0, 10),)),
+    Recipe("sglang", "glm-5", _B, "fp4", budget_tokens=131072),
+    Recipe("sglang", "glm-5", _B, budget_tokens=32768),
     Recipe("trtllm", _DEEPSEEK, drafts=True, padded=True),
     Recipe("trtllm", _DEEPSEEK, version="(1\\.1\\.0|$)", padded=True),  # until 2026-01-21
     Recipe("trtllm", _DEEPSEEK, "b200", "fp8", isl=1024, osl=1024, users=64, padded=True, budget_tokens=8192, wait=(40, 0.8)),
@@ -69,21 +75,47 @@ RECIPES = (
     Recipe("trtllm", "gpt-oss", budget_tokens=20000),
     Recipe("trtllm", "llama-3.1-70b", tp=(1, 2, 4), isl=1024, osl=1024, budget_tokens=16384, wait=(20, 0.9)),
     Recipe("trtllm", "llama-3.1-70b", budget_tokens=16384),
-    Recipe("vllm", "minimax", "b200", prompts=2),
-    Recipe("vllm", "minimax", "h200", expert_parallel=True),
+    # before April 2026: vLLM's own cache and budget, experts by EP whatever EP's size
+    Recipe("vllm", "minimax", "b200", "fp8", version="0\\.1[78]", expert_parallel=True, kv="bf16"),
+    Recipe("vllm", "minimax", _B, prompts=2),
+    Recipe("vllm", "minimax", "h200", tp=(8,), expert_parallel=True),  # since 2026-03-13; the runs on four GPUs before had none
+    Recipe("vllm", "kimi-k2", "b200", "fp4", since="2026-04-20", prompts=2),
+    Recipe("vllm", "kimi-k2", _B, "fp4", kv="bf16"),
+    Recipe("vllm", "gpt-oss", "b200", since="2025-12-05"),
+    Recipe("vllm", "gpt-oss", "b200", version="$", kv="bf16"),
 )
+
+
+# Until this day InferenceX sent nothing before it measured, so its first requests waited for what the server compiles when it
+# first meets a prompt. TensorRT-LLM and vLLM compile as they start: their rows of before and after agree. SGLang's seconds are
+# from one row (2025-12, DeepSeek-R1 in fp8 on B200).
+_WARMED_UP_SINCE = "2026-01-21"
+_COLD_S = {"sglang": 7.5}
+
+
+def day_of(texts: Mapping[str, str]) -> str:
+    """The day a row was measured (ISO), empty where it does not say."""
+    found = re.search(r"\bmeasured=(\d{4}-\d\d-\d\d)", texts.get("silicon_data_source", ""))
+    return found.group(1) if found else ""
+
+
+def cold_s(texts: Mapping[str, str]) -> float:
+    """Seconds that the first requests of an InferenceX run waited for a cold server."""
+    day = day_of(texts)
+    return _COLD_S.get(texts["backend"], 0.0) if day and day < _WARMED_UP_SINCE else 0.0
 
 
 def recipe_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str, experts: str, users: int,
               drafts: int) -> Recipe | None:
     """The first recipe that a row fits; None where InferenceX published none that differs from the engine's defaults."""
+    day = day_of(texts)
     for r in RECIPES:
         names = ((r.engine, texts["backend"]), (r.model, model), (r.gpu, texts["system"]), (r.experts, experts),
                  (r.version, texts.get("backend_version", "")))
         sizes = ((r.isl, numbers["isl"]), (r.osl, numbers["osl"]))
         if (all(re.match(pattern, name) for pattern, name in names)
                 and all(not wanted or wanted == size for wanted, size in sizes)
-                and (r.drafts is None or r.drafts == bool(drafts)) and users >= r.users
+                and (r.drafts is None or r.drafts == bool(drafts)) and users >= r.users and day >= r.since
                 and (not r.tp or numbers.get("tp_size", 1) in r.tp)):
             return r
     return None

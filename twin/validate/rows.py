@@ -22,7 +22,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.parse import read_text
 from twin.spec.plan import Plan, PoolPlan, Role
 from twin.spec.workload import Arrivals, Lengths, WorkloadSpec
-from twin.validate.recipes import ACCEPTANCE, Recipe, drafts_of, recipe_of
+from twin.validate.recipes import ACCEPTANCE, Recipe, cold_s, drafts_of, recipe_of
 from twin.validate.words import kv_dtype, model_of, precision_of
 
 MAX_FILE_BYTES = 64 << 20
@@ -85,6 +85,7 @@ class Question:
     measured_tpot_s: float
     waves: int  # requests of a user
     recipe: Recipe | None = None  # how it was served where that is published
+    cold_s: float = 0.0  # what the first requests waited for before the server computed
 
     @property
     def groups(self) -> dict[str, str]:
@@ -253,11 +254,20 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
     numbers = row.numbers
     recipe = recipe_of(row.texts, numbers, model.name, precision.experts, concurrency,
                        pools[0].mtp_draft_tokens) if drawn and len(pools) == 1 else None
-    if recipe is not None and recipe.expert_parallel:
-        pools = (pools[0].model_copy(update={"ep": pools[0].dp * pools[0].tp}),)
-        plan = plan.model_copy(update={"pools": pools})
+    if recipe is not None:
+        plan = _as_served(plan, recipe)
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
-                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES, recipe)
+                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES, recipe, cold_s(row.texts) if drawn else 0.0)
+
+
+def _as_served(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of one pool with what its recipe sets and its columns do not tell."""
+    pool, precision = plan.pools[0], plan.precision
+    if recipe.expert_parallel:
+        pool = pool.model_copy(update={"ep": pool.world})
+    if recipe.kv:
+        precision = precision.model_copy(update={"kv": recipe.kv})
+    return plan.model_copy(update={"pools": (pool,), "precision": precision})
 
 
 def _lengths(nominal: int, drawn: bool, stop_early: float = 0.0) -> Lengths:

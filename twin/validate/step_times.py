@@ -5,6 +5,7 @@ Legend: d DP ranks. For one rank steps come from tables; for more, the model is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,7 +65,7 @@ class StepTimes:
 
     def prompt_s(self, n: int, tokens: float, depth: float) -> float:
         """Seconds of a step with prompts."""
-        i, u = _place(self._log_tokens, float(np.log(max(tokens, 1.0))))
+        i, u = _place(self._log_tokens, math.log(max(tokens, 1.0)))
         j, v = _place(self._n, float(n))
         k, w = _place(self._depth, depth)
         total = 0.0

@@ -39,7 +39,7 @@ def test_a_row_becomes_a_deployment_and_its_traffic(tmp_path: Path) -> None:
     q = ask(tmp_path)
     assert isinstance(q, Question)
     pool = q.plan.pools[0]
-    assert (q.model.name, pool.role, pool.tp, pool.dp, pool.ep, q.concurrency) == ("minimax-m2.5", "mixed", 4, 1, 4, 8)
+    assert (q.model.name, pool.role, pool.tp, pool.dp, pool.ep, q.concurrency) == ("minimax-m2.5", "mixed", 4, 1, 1, 8)
     assert (q.plan.precision.weights, q.plan.precision.experts) == ("fp8_block", "fp8_block")
     assert q.workload.isl is not None and (q.workload.isl.low, q.workload.isl.high) == (819, 1024)
     assert (q.measured_ttft_s, q.measured_tpot_s) == (0.15, 0.012)
