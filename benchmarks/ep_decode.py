@@ -30,8 +30,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import provenance
 from runtime.batch import Segment
-from runtime.comm.experts import check_peers, make_expert_comm
+from runtime.comm.experts import make_expert_comm
 from runtime.comm.group import make_group, solo
+from runtime.comm.waiting import check_peers
 from runtime.decode import DecodeRunner
 from runtime.kv import make_kv
 from runtime.layout import RankLayout

@@ -21,6 +21,7 @@ from benchmarks.timing import measure_ceilings, provenance, time_graph
 from runtime.comm.group import PeerLost
 from runtime.comm.oracle import ROUTES, Traffic, apply_experts, mistakes, traffic
 from runtime.comm.symm import SETS, Arrival, SymmExchange, over
+from runtime.comm.waiting import Waiting
 
 ROUNDS = 20
 REPLAYS = 20
@@ -74,8 +75,8 @@ class Bench:
     def __init__(self, rank: int, ranks: int, case: Case) -> None:
         self.rank, self.ranks, self.case = rank, ranks, case
         self.slots_per_rank = case.experts // ranks
-        self.exchange = SymmExchange(over(dist.group.WORLD), rank, ranks, slots_per_rank=self.slots_per_rank,
-                                     fp8=case.rows == "fp8", push_back=case.back == "push", timeout_s=30.0)
+        self.exchange = SymmExchange(over(dist.group.WORLD), rank, Waiting(range(ranks), 30.0),
+                                     slots_per_rank=self.slots_per_rank, fp8=case.rows == "fp8", push_back=case.back == "push")
         self.inputs = [self._traffic(case.tokens, case.route, 10 + i) for i in range(_INPUTS)]
         self.stream = torch.cuda.Stream()
 
@@ -86,7 +87,7 @@ class Bench:
             free, fresh = self.free_running(), self.fresh_entry()
             wrong += self.check(seed=2)
             self.stream.synchronize()
-            self.exchange.check()
+            self.exchange.waiting.check()
         return {"mistakes": wrong, "free_s": free, "fresh_s": fresh, "rows": rows[0], "rows_away": rows[1]}
 
     def check(self, seed: int) -> list[str]:
@@ -209,10 +210,11 @@ def name_the_lost(rank: int, ranks: int) -> str:
     """The last rank stays away from a barrier: all others must soon say so. Empty when they did."""
     sent = traffic(1, 16, 1, ranks, ranks, route="uniform", seed=0, dtype=torch.bfloat16, device="cuda")
     for patience_s in (30.0, _LOST_AFTER_S):  # the first compiles, which may take long
-        exchange = SymmExchange(over(dist.group.WORLD), rank, ranks, slots_per_rank=1, timeout_s=patience_s)
+        waiting = Waiting(range(ranks), patience_s)
+        exchange = SymmExchange(over(dist.group.WORLD), rank, waiting, slots_per_rank=1)
         exchange.dispatch(sent.x_TH, sent.slots_TK, sent.weights_TK, 1)
         torch.cuda.synchronize()
-        exchange.check()
+        waiting.check()
     dist.barrier()
     began, wrong = time.monotonic(), ""
     if rank != ranks - 1:
@@ -220,11 +222,11 @@ def name_the_lost(rank: int, ranks: int) -> str:
             exchange.dispatch(sent.x_TH, sent.slots_TK, sent.weights_TK, 1)
         torch.cuda.synchronize()
         try:
-            exchange.check()
+            waiting.check()
             wrong = "a rank that stayed away was not missed"
         except PeerLost as err:
             took_s = time.monotonic() - began
-            if f"rank {ranks - 1} of" not in str(err) or not _LOST_AFTER_S <= took_s <= _LOST_AFTER_S + 0.5:
+            if f"rank {ranks - 1} did" not in str(err) or not _LOST_AFTER_S <= took_s <= _LOST_AFTER_S + 0.5:
                 wrong = f"{err}, after {took_s:.2f} s"
     dist.barrier()
     return f"rank {rank}, lost peer: {wrong}" if wrong else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,11 +37,12 @@ class Drawn:
 
 class DecodeRunner:
     """Steps of up to `most` rows, one for each token of a decode (drafts too), of sequences of up to `max_context`
-    tokens. `sizes` are captured by `capture`, large to small."""
+    tokens. `sizes` are captured by `capture`, large to small; those of `halve_from` rows and more go in two halves that
+    overlap (None: none does)."""
 
     def __init__(self, transformer: Transformer, kv: list[torch.Tensor], block_tokens: int, *, most: int, max_context: int,
-                 sizes: Sequence[int] | None = None) -> None:
-        self.transformer, self.kv, self.block_tokens = transformer, kv, block_tokens
+                 sizes: Sequence[int] | None = None, halve_from: int | None = None) -> None:
+        self.transformer, self.kv, self.block_tokens, self.halve_from = transformer, kv, block_tokens, halve_from
         self.most, self.max_context = most, max_context
         self.sizes = sorted(sizes or ladder(most))
         device = kv[0].device
@@ -148,10 +150,12 @@ class DecodeRunner:
         lens, tables = self.lens_B[:size], self.tables_BP[:size]
         positions, slots = self._positions_B[:size], self._slots_B[:size]
         place_tokens(lens, tables, self.block_tokens, positions, slots)
-        step = StepInput(self.ids_B[:size], positions, slots, tables, lens, self._rows_B[:size + 1], slice(None), size,
-                         (1,) * size, (self.max_context,) * size)
+        halves = self.halve_from is not None and size >= max(2, self.halve_from)
+        cuts = [0, -(-size // 2), size] if halves else [0, size]
+        steps = [StepInput(self.ids_B[a:b], positions[a:b], slots[a:b], tables[a:b], lens[a:b], self._rows_B[:b - a + 1],
+                           slice(None), b - a, (1,) * (b - a), (self.max_context,) * (b - a)) for a, b in pairwise(cuts)]
         with torch.inference_mode():
-            states = self.transformer.hidden([step], self.kv, size)
+            states = self.transformer.hidden(steps, self.kv, -(-cuts[1] // self.transformer.at.tp))
             logits = self.transformer.head(states)
             tokens = logits.argmax(-1)
             feed_back(tokens, self.ids_B[:size], lens)

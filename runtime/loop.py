@@ -20,8 +20,8 @@ import torch
 
 from runtime.batch import Segment, halve, logit_rows, make_step
 from runtime.clock import Clock
-from runtime.comm.experts import check_peers
 from runtime.comm.group import PeerLost
+from runtime.comm.waiting import check_peers
 from runtime.compiles import compiles
 from runtime.control import Control, Message
 from runtime.eplb import rebalancer
@@ -146,7 +146,7 @@ class StepLoop:
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
             found = verify(segments, owners, logits, greedy)
-            check_peers(self.rank.experts)  # now that the device is done: nobody gets tokens made without a peer
+            check_peers(*self.rank.over_ranks)  # now that the device is done: nobody gets tokens made without a peer
             taken = self._desk.take(segments, owners, found)
         if self._drafter is not None and states is not None:
             self._drafter.follow(segments, owners, states, agreed.capacity)

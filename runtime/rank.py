@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.comm.experts import ExpertComm, graph_rows, make_expert_comm
-from runtime.comm.group import Group, make_group, solo
+from runtime.comm.group import Group, TensorGroup, make_group, solo
 from runtime.compiles import compiles
 from runtime.kv import kv_shape, make_kv
 from runtime.layout import RankLayout, layouts
@@ -82,6 +82,11 @@ class Rank:
         return Kept(rank_params(self.model, self.at, self.placement, mtp=self.mtp is not None), params) if as_loaded else None
 
     @property
+    def over_ranks(self) -> tuple[object, object]:
+        """What reaches over to other ranks: see `runtime.comm.waiting`."""
+        return self.experts, self.transformer.rig.tp
+
+    @property
     def kv_bytes(self) -> int:
         return sum(cache.numel() * cache.element_size() for cache in self.kv)
 
@@ -110,7 +115,8 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     params = load_weights(model, at, checkpoint=checkpoint, seed=options.seed, dtype=dtype, device=device, mtp=mtp,
                           placement=placement, kept=kept)
     params = quantise(params) if options.weights == "fp8" else params
-    rig = Rig(ops_for(options.backend), groups.tp, experts, mark)
+    most = pool.max_num_seqs * (1 + pool.mtp_draft_tokens)
+    rig = Rig(ops_for(options.backend), tensor_group(model, pool, groups.tp, options, device, most), experts, mark)
     transformer = Transformer(model, at, params, rig, placement)
     blocks = _kv_blocks(cached, pool, at, options, device, groups.control, len(everyone))
     cap = options.max_context or model.max_context
@@ -123,14 +129,15 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
         ffn.replicas.may_move = pool.eplb is not None and at.ep > 1
         if (options.record_routing or "").endswith(".json"):
             ffn.count_pairs()
-    rows = graph_rows(experts, pool.max_num_seqs * (1 + pool.mtp_draft_tokens)) if at.tp == 1 else 0
+    rows = min(graph_rows(experts, most) if model.moe is not None else most, held_rows(rig.tp, most))
     if options.backend == "triton":
         compiles.listen()
     if device.type == "cuda" and options.backend == "triton" and options.graphs and rows:
         from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
 
         mark("capture")
-        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows)
+        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows,
+                              halve_from=pool.tbo_min_tokens if pool.tbo else None)
         prepared = _capture(decode, options.tune, alone=at.world == 1)
     built = Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
                  placement, decode, Mtp(transformer, params, placement) if mtp else None, prepared)
@@ -161,6 +168,25 @@ def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any
     steps = confirm(decode) if tuned and alone else {}
     parts = ops.few.report() if isinstance(ops, FewRowsOps) else []
     return {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
+
+
+def tensor_group(model: ModelSpec, pool: PoolPlan, group: Group, options: EngineOptions, device: torch.device,
+                 rows: int) -> TensorGroup:
+    """What makes tensors of TP ranks whole: through symmetric memory between CUDA devices, in steps of up to `rows` rows."""
+    if group.size == 1 or device.type != "cuda" or pool.comm not in ("auto", "symm"):
+        return group
+    from runtime.comm.reduce import Room, SymmetricGroup  # which need triton
+    from runtime.comm.symm import share_memory
+
+    room = Room(rows, max(model.hidden, -(-model.vocab // group.size)) * DTYPES[options.dtype].itemsize)
+    return SymmetricGroup(group, lambda size: share_memory(group.pg, group.size, size, device), room, device,
+                          options.start_timeout_s)
+
+
+def held_rows(tp: TensorGroup, most: int) -> int:
+    """Of steps of up to `most` rows, how many one may have whose tensors become whole without the host."""
+    room = getattr(tp, "room", None)
+    return most if tp.size == 1 else room.held_rows if room is not None else 0
 
 
 @cache

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from runtime.board import Board
 from runtime.clock import Clock, DeviceClock
-from runtime.comm.experts import be_patient, call_off, shared_memory
 from runtime.comm.group import PeerLost, guarded, leave_groups
+from runtime.comm.waiting import be_patient, call_off, shared_memory
 from runtime.control import Control, Message
 from runtime.faults import Injector, parse
 from runtime.loop import Reformed, StepLoop
@@ -127,7 +127,7 @@ class Worker:
             leave_groups()
             if self.options.device == "cuda":
                 torch.cuda.synchronize()  # nothing of the former formation runs on, on anybody's memory, once all are there
-            former = shared_memory(built.experts) if built is not None else former
+            former = shared_memory(*built.over_ranks) if built is not None else former
             kept = built.keep() if built is not None else kept
             place = Place.of(order)
             self._loop = built = None
@@ -160,7 +160,7 @@ class Worker:
         built = build_rank(self.model, place.plan, options, place.rank, self.clock.mark, kept)
         if place.world > 1:
             guarded(lambda: dist.monitored_barrier(timeout=patience))
-        be_patient(built.experts, options.stall_s)
+        be_patient(options.stall_s, *built.over_ranks)
         self.control.send({"ev": "ready", "kv_blocks": built.kv_blocks, "kv_bytes": built.kv_bytes,
                            "max_context": built.max_context, "dense_bytes": built.dense_bytes,
                            "expert_bytes": built.expert_bytes, "heard_at": self._heard_at, "prepared": built.prepared})

@@ -9,14 +9,14 @@ Legend: T own tokens, N received rows, H hidden, K choices, R ranks of the insta
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from runtime.comm.group import Group, PeerLost
+from runtime.comm.group import Group
+from runtime.comm.waiting import Waiting
 from runtime.layout import RankLayout
 from twin.spec.errors import SpecError
 from twin.spec.plan import CommBackend
@@ -160,10 +160,10 @@ class Symmetric:
     def __init__(self, group: Group, at: RankLayout, *, fp8: bool, timeout_s: float, most: int = 512) -> None:
         from runtime.comm.symm import SymmExchange, over  # needs triton
 
-        self.exchange = SymmExchange(over(group.pg), group.index, group.size, slots_per_rank=at.slots_per_rank,
-                                     expert_tp=at.expert_tp, fp8=fp8, timeout_s=timeout_s)
-        self._large, self.most, self.group = AllToAll(group, at), most, group
-        _live.add(self)
+        self.waiting = Waiting(group.ranks, timeout_s)
+        self.exchange = SymmExchange(over(group.pg), group.index, self.waiting, slots_per_rank=at.slots_per_rank,
+                                     expert_tp=at.expert_tp, fp8=fp8)
+        self._large, self.most = AllToAll(group, at), most
 
     @property
     def sent_bytes(self) -> int:
@@ -210,37 +210,6 @@ def graph_rows(comm: ExpertComm, most: int) -> int:
     if isinstance(comm, Symmetric):
         return min(most, comm.most)
     return most if isinstance(comm, Local) else 0
-
-
-def check_peers(comm: ExpertComm) -> None:
-    """Raise PeerLost, with who is missing by global rank, when a rank kept the others waiting in what the device has done so
-    far; other backends raise it from the call that waits."""
-    if isinstance(comm, Symmetric):
-        try:
-            comm.exchange.check()
-        except PeerLost as lost:
-            raise PeerLost(str(lost), tuple(comm.group.ranks[i] for i in lost.missing)) from None
-
-
-def be_patient(comm: ExpertComm, timeout_s: float) -> None:
-    """How long the device waits for a rank from now on. While ranks set themselves up, some compile what others have."""
-    if isinstance(comm, Symmetric):
-        comm.exchange.be_patient(timeout_s)
-
-
-def shared_memory(comm: ExpertComm) -> object:
-    """What must not be given up while other ranks may address it; no group is kept alive with it."""
-    return comm.exchange.memory if isinstance(comm, Symmetric) else None
-
-
-_live: weakref.WeakSet[Symmetric] = weakref.WeakSet()
-
-
-def call_off() -> None:
-    """End what devices wait for in all exchanges of this process, for good: a peer will not come. From any thread; groups of
-    the hosts need no such call, since connections of a lost process close."""
-    for comm in list(_live):
-        comm.exchange.call_off()
 
 
 def _pack(x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime.comm.group import PeerLost, guarded
+from runtime.comm.group import guarded
+from runtime.comm.waiting import Waiting
 from runtime.kernels import symm as kernels
 from runtime.kernels.symm import Peers, Places
 
@@ -112,7 +113,6 @@ class _State:
     """Counters on the device, kept over all buffers."""
 
     present_W: torch.Tensor
-    patience: kernels.Patience
     moved: torch.Tensor  # rows sent, rows fetched
 
 
@@ -120,18 +120,15 @@ class SymmExchange:
     """One rank's end. All ranks make the same calls in the same order with the same `capacity`.
 
     `fp8` sends rows as float8_e4m3fn with a scale each. `push_back` makes experts write results into the sources' buffers;
-    without it sources read them where they were computed. A rank that does not come to a barrier within `timeout_s` is
-    lost: nobody waits any more, results are void, and `check` says who it was. `call_off` ends all waiting at once.
+    without it sources read them where they were computed. `waiting` says how long barriers wait and who did not come.
     """
 
-    def __init__(self, allocate: Allocate, index: int, world: int, *, slots_per_rank: int, expert_tp: int = 1,
-                 fp8: bool = False, push_back: bool = False, timeout_s: float = 3.0) -> None:
-        self._allocate, self.index, self.world = allocate, index, world
+    def __init__(self, allocate: Allocate, index: int, waiting: Waiting, *, slots_per_rank: int, expert_tp: int = 1,
+                 fp8: bool = False, push_back: bool = False) -> None:
+        self._allocate, self.index, self.world, self.waiting = allocate, index, len(waiting.ranks), waiting
         self._slots_per_rank, self._expert_tp = slots_per_rank, expert_tp
-        self._fp8, self._push_back, self._timeout_s = fp8, push_back, timeout_s
-        self._called_off = False
+        self._fp8, self._push_back = fp8, push_back
         self._buffers: Buffers | None = None
-        self._old: list[Buffers] = []  # captured graphs may still point there
         self._state: _State | None = None
         self._next = 0
 
@@ -142,34 +139,14 @@ class SymmExchange:
             return self._buffers
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"buffers for {capacity} rows a rank must be reserved before a graph is captured")
-        if self._buffers is not None:
-            self._old.append(self._buffers)
         rounded = 1 << (capacity - 1).bit_length() if capacity > 1 else 1
         self._buffers = self._allocate(Shape(self.world, rounded, hidden, choices, dtype, self._fp8), device)
+        self.waiting.ready(device)
+        self.waiting.memory.append(self._buffers)  # captured graphs may still point to former ones
         if self._state is None:
-            self._state = self._new_state(device)
+            self._state = _State(torch.ones(self.world, dtype=torch.int32, device=device),
+                                 torch.zeros(2, dtype=torch.int64, device=device))
         return self._buffers
-
-    def _new_state(self, device: torch.device) -> _State:
-        pinned = device.type == "cuda"
-        alarm, off = (torch.zeros(n, dtype=torch.int32, pin_memory=pinned) for n in (self.world, 1))
-        off.fill_(int(self._called_off))
-        limit = torch.tensor([int(self._timeout_s * 1e9)], device=device)
-        lost = torch.zeros(self.world + 1, dtype=torch.int32, device=device)
-        return _State(torch.ones(self.world, dtype=torch.int32, device=device), kernels.Patience(limit, lost, alarm, off),
-                      torch.zeros(2, dtype=torch.int64, device=device))
-
-    def be_patient(self, timeout_s: float) -> None:
-        """Wait so long for a rank from now on, in graphs captured before too."""
-        self._timeout_s = timeout_s
-        if self._state is not None:
-            self._state.patience.limit.fill_(int(timeout_s * 1e9))
-
-    def call_off(self) -> None:
-        """End all waiting, now and for good, and void what was waited for. From any thread, while the device runs."""
-        self._called_off = True
-        if self._state is not None:
-            self._state.patience.off.fill_(1)
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Arrival:
         """Send tokens to the ranks of their slots and see what came, in fp8 as it came. T <= capacity."""
@@ -227,28 +204,14 @@ class SymmExchange:
         assert state is not None
         which = arrival.which
         kernels.meet(self._peers(arrival.buffers), arrival.buffers.shape.places(which), arrival.buffers.turns[which:which + 1],
-                     state.present_W, state.patience)
-
-    def check(self) -> None:
-        """Raises PeerLost naming the ranks (by index) that a barrier waited for in vain, of what the device has done; or where
-        waiting was called off."""
-        if self._called_off:
-            raise PeerLost("the exchange was called off")
-        lost = [] if self._state is None else self._state.patience.alarm_W.nonzero().flatten().tolist()
-        if lost:
-            raise PeerLost(f"rank {', '.join(map(str, lost))} of {self.world} did not come to the exchange "
-                           f"within {self._timeout_s:g} s", missing=tuple(lost))
+                     state.present_W, self.waiting.ready(arrival.x_NH.device))
 
     def exclude(self, index: int) -> None:
         """Wait for a rank no more; its experts must not be chosen again. Clears what `check` says of it."""
         assert self._state is not None
-        for flags in (self._state.present_W, self._state.patience.lost_W1, self._state.patience.alarm_W):
+        patience = self.waiting.ready(self._state.present_W.device)
+        for flags in (self._state.present_W, patience.lost_W1, patience.alarm_W):
             flags[index] = 0
-
-    @property
-    def memory(self) -> list[Buffers]:
-        """All buffers that peers may address."""
-        return [*self._old, *([self._buffers] if self._buffers is not None else [])]
 
     @property
     def moved_rows(self) -> tuple[int, int]:
@@ -275,18 +238,24 @@ def over(pg: Any) -> Allocate:
     """Allocate symmetric memory over a process group of CUDA ranks; the group only carries the addresses."""
 
     def allocate(shape: Shape, device: torch.device) -> Buffers:
-        import torch.distributed._symmetric_memory as symm_mem
-
-        def meet() -> tuple[torch.Tensor, Any]:
-            memory = symm_mem.empty(shape.total_bytes, dtype=torch.uint8, device=device)
-            return memory, symm_mem.rendezvous(memory, pg)
-
-        memory, handle = guarded(meet)
-        memory.zero_()
-        torch.cuda.synchronize(device)
-        guarded(lambda: dist.barrier(group=pg))  # nobody may signal before all flags are zero
-        bases = [handle.get_buffer(peer, (shape.total_bytes,), torch.uint8).data_ptr() for peer in range(shape.world)]
-        return Buffers(shape, memory, torch.tensor(bases, dtype=torch.int64, device=device),
-                       torch.zeros(SETS, dtype=torch.int32, device=device), handle)
+        memory, bases_W, handle = share_memory(pg, shape.world, shape.total_bytes, device)
+        return Buffers(shape, memory, bases_W, torch.zeros(SETS, dtype=torch.int32, device=device), handle)
 
     return allocate
+
+
+def share_memory(pg: Any, world: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """This rank's zeroed bytes, the addresses [W] of everyone's, and what must live as long as these are used. All ranks of the
+    group call this together."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    def meet() -> tuple[torch.Tensor, Any]:
+        memory = symm_mem.empty(size, dtype=torch.uint8, device=device)
+        return memory, symm_mem.rendezvous(memory, pg)
+
+    memory, handle = guarded(meet)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    guarded(lambda: dist.barrier(group=pg))  # nobody may signal before all flags are zero
+    bases = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
+    return memory, torch.tensor(bases, dtype=torch.int64, device=device), handle

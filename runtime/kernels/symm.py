@@ -254,8 +254,18 @@ def _meet_kernel(
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
     awaited = tl.load(present + lane, mask=lane < WORLD, other=0) != 0
-    broken = (tl.max(tl.load(lost + lane, mask=lane < WORLD, other=0)) > 0) | (tl.load(lost + WORLD) > 0)
     now = tl.atomic_add(turn, 1, sem="relaxed") + 1
+    wait_for_all(bases, flags_at, now, awaited, patience, lost, alarm, off, me, WORLD, LANES, POLLS, TIMED)
+
+
+@triton.jit
+def wait_for_all(
+    bases, flags_at, now, awaited, patience, lost, alarm, off, me,
+    WORLD: tl.constexpr, LANES: tl.constexpr, POLLS: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """Tell all awaited ranks that this one has come to its meeting `now`, and wait until they have. For programs of one warp."""
+    lane = tl.arange(0, LANES)
+    broken = (tl.max(tl.load(lost + lane, mask=lane < WORLD, other=0)) > 0) | (tl.load(lost + WORLD) > 0)
     theirs = (tl.load(bases + lane, mask=lane < WORLD, other=0) + flags_at).to(tl.pointer_type(tl.int32)) + me
     # release: whatever earlier kernels of this stream wrote anywhere is visible to who sees the flag
     tl.atomic_xchg(theirs, tl.zeros([LANES], tl.int32) + now, mask=awaited, sem="release", scope="sys")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from runtime.batch import StepInput
 from runtime.comm.experts import ExpertComm, Local
-from runtime.comm.group import Group
+from runtime.comm.group import TensorGroup
 from runtime.comm.overlap import Overlap
 from runtime.layout import RankLayout
 from runtime.model.attention import Gqa, Mla, make_attention
@@ -45,7 +45,7 @@ class Rig:
     """What a model runs with: operators, groups, the expert backend, and who is told of phases."""
 
     ops: TorchOps
-    tp: Group
+    tp: TensorGroup
     experts: ExpertComm
     mark: Mark = lambda phase: None
 

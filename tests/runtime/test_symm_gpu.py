@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from runtime.batch import Segment, make_step
-from runtime.comm.experts import Local, Symmetric, check_peers, make_expert_comm
+from runtime.comm.experts import Local, Symmetric, make_expert_comm
 from runtime.comm.group import Group, PeerLost, make_group, solo
+from runtime.comm.waiting import Waiting, check_peers
 from runtime.kv import make_kv
 from runtime.layout import RankLayout, single
 from runtime.model.transformer import Rig, Transformer
@@ -113,7 +114,8 @@ def called_off(at: RankLayout, group: Group) -> str:
     """Rank 0 waits in a captured barrier for ranks that stay away, with patience for an hour, until its host calls it off."""
     from runtime.comm.symm import SymmExchange, over
 
-    exchange = SymmExchange(over(group.pg), group.index, group.size, slots_per_rank=1, timeout_s=3600.0)
+    waiting = Waiting(group.ranks, 3600.0)
+    exchange = SymmExchange(over(group.pg), group.index, waiting, slots_per_rank=1)
     x, slots = torch.ones(1, 64, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -124,11 +126,11 @@ def called_off(at: RankLayout, group: Group) -> str:
         exchange.meet(arrival)
     dist.barrier()
     if at.rank == 0:
-        threading.Timer(0.5, exchange.call_off).start()
+        threading.Timer(0.5, waiting.call_off).start()
         graph.replay()
         torch.cuda.synchronize()
         try:
-            exchange.check()
+            waiting.check()
         except PeerLost as lost:
             return "" if "called off" in str(lost) else str(lost)
         return "nobody was missed"

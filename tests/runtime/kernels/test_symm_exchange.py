@@ -13,6 +13,7 @@ import torch
 from runtime.comm.group import PeerLost
 from runtime.comm.oracle import ROUTES, Traffic, apply_experts, expected, mistakes, traffic
 from runtime.comm.symm import SETS, Buffers, Shape, SymmExchange
+from runtime.comm.waiting import Waiting
 from runtime.kernels import symm as kernels
 
 HIDDEN, CHOICES, SLOTS = 48, 4, 8
@@ -26,8 +27,8 @@ class World:
         self.device, self.expert_tp = device, expert_tp
         self._memories: dict[Shape, list[torch.Tensor]] = {}
         self.slots_per_rank = SLOTS // (ranks // expert_tp)
-        self.ranks = [SymmExchange(self._allocate(r), r, ranks, slots_per_rank=self.slots_per_rank, expert_tp=expert_tp,
-                                   **options) for r in range(ranks)]
+        self.ranks = [SymmExchange(self._allocate(r), r, Waiting(range(ranks), 3.0), slots_per_rank=self.slots_per_rank,
+                                   expert_tp=expert_tp, **options) for r in range(ranks)]
 
     def _allocate(self, rank: int) -> Callable[[Shape, torch.device], Buffers]:
         def allocate(shape: Shape, device: torch.device) -> Buffers:
@@ -115,9 +116,9 @@ def meet(world: World, rank: int, polls: int) -> None:
     buffers = exchange.reserve(1, HIDDEN, CHOICES, torch.float32, world.device)
     state = exchange._state
     assert state is not None
-    state.patience.limit.fill_(polls)
-    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, state.patience,
-                 timed=False)
+    patience = exchange.waiting.ready(world.device)
+    patience.limit.fill_(polls)
+    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, patience, timed=False)
     if world.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -127,15 +128,15 @@ def test_barrier_names_who_did_not_come(device: torch.device) -> None:
     for exchange in world.ranks:
         exchange.reserve(1, HIDDEN, CHOICES, torch.float32, device)
     meet(world, 0, 5)
-    with pytest.raises(PeerLost, match="rank 1, 2 of 3") as lost:
-        world.ranks[0].check()
+    with pytest.raises(PeerLost, match="rank 1, 2 did") as lost:
+        world.ranks[0].waiting.check()
     assert lost.value.missing == (1, 2)
     meet(world, 1, 5)
     meet(world, 1, 5)  # once somebody is lost nobody is waited for, nor blamed: rank 0 was here once, not twice
-    with pytest.raises(PeerLost, match="rank 2 of 3"):
-        world.ranks[1].check()
+    with pytest.raises(PeerLost, match="rank 2 did"):
+        world.ranks[1].waiting.check()
     meet(world, 2, 5)  # all three flags are up now
-    world.ranks[2].check()
+    world.ranks[2].waiting.check()
 
 
 def test_waiting_is_called_off_while_it_lasts(device: torch.device) -> None:
@@ -144,7 +145,7 @@ def test_waiting_is_called_off_while_it_lasts(device: torch.device) -> None:
     world = World(3, device)
     for exchange in world.ranks:
         exchange.reserve(1, HIDDEN, CHOICES, torch.float32, device)
-    waiting = world.ranks[0]
+    waiting = world.ranks[0].waiting
     waiting.check()
     caller = threading.Timer(0.2, waiting.call_off)
     caller.start()
@@ -153,32 +154,32 @@ def test_waiting_is_called_off_while_it_lasts(device: torch.device) -> None:
     with pytest.raises(PeerLost, match="called off") as off:
         waiting.check()
     assert off.value.missing == ()
-    assert waiting._state is not None
-    assert waiting._state.patience.lost_W1.tolist() == [0, 0, 0, 1]
-    assert waiting._state.patience.alarm_W.tolist() == [0, 0, 0]
-    waiting._state.patience.off.zero_()  # the device remembers by itself
+    assert waiting.patience is not None
+    assert waiting.patience.lost_W1.tolist() == [0, 0, 0, 1]
+    assert waiting.patience.alarm_W.tolist() == [0, 0, 0]
+    waiting.patience.off.zero_()  # the device remembers by itself
     meet(world, 0, 1 << 60)
 
 
 def test_called_off_before_there_was_anything_to_wait_for(device: torch.device) -> None:
     world = World(2, device)
-    world.ranks[0].call_off()
+    world.ranks[0].waiting.call_off()
     meet(world, 0, 1 << 60)
     with pytest.raises(PeerLost, match="called off"):
-        world.ranks[0].check()
+        world.ranks[0].waiting.check()
 
 
 def test_patience_may_change_later(device: torch.device) -> None:
     """The limit lies on the device: what was captured with another one obeys."""
     world = World(2, device)
-    world.ranks[0].be_patient(7.0)
+    waiting = world.ranks[0].waiting
+    waiting.be_patient(7.0)
     world.ranks[0].reserve(1, HIDDEN, CHOICES, torch.float32, device)
-    state = world.ranks[0]._state
-    assert state is not None
-    limit = state.patience.limit
+    assert waiting.patience is not None
+    limit = waiting.patience.limit
     assert limit.tolist() == [7_000_000_000]
-    world.ranks[0].be_patient(0.5)
-    assert state.patience.limit is limit and limit.tolist() == [500_000_000]
+    waiting.be_patient(0.5)
+    assert waiting.patience.limit is limit and limit.tolist() == [500_000_000]
 
 
 def test_barrier_counts_on_and_forgets_who_was_excluded(device: torch.device) -> None:
@@ -189,9 +190,9 @@ def test_barrier_counts_on_and_forgets_who_was_excluded(device: torch.device) ->
     world.ranks[1].exclude(0)
     for _ in range(3):
         meet(world, 1, 1)
-    world.ranks[1].check()
+    world.ranks[1].waiting.check()
     meet(world, 0, 1)  # rank 1 is far ahead, which is not lateness
-    world.ranks[0].check()
+    world.ranks[0].waiting.check()
 
 
 def test_buffers_do_not_overlap_and_are_aligned() -> None:
