@@ -1,11 +1,16 @@
 """Decode steps of ranks that share their experts through symmetric memory, whole steps in CUDA graphs and without.
 
-    python -m benchmarks.ep_decode --share-gpu --ranks 8 --batch 16 --json out.json
+    python -m benchmarks.ep_decode --share-gpu --ranks 8 --tp 2 --tbo --batch 16 --json out.json
+    python -m benchmarks.ep_decode --ranks 2 --tp 2 --tbo --json out.json        # a GPU each: NCCL as well
 
 A DeepSeek-shaped model (MLA, shared expert, grouped routing; fewer layers, random weights) is cut over the ranks as an engine
-cuts it. All ranks take steps of one size: the last one runs padding alone, as an idle rank does. Seconds a step are the
-device's, between events around each step, all ranks having met on the hosts before each run; the slowest rank counts, median
-over steps. Tokens of both ways are compared: the same kernels, so the same numbers.
+cuts it. All ranks take steps of one size: the last DP rank (if there are two) runs padding alone, as an idle one does. Seconds
+a step are the device's, between events around each step, all ranks having met on the hosts before each run; the slowest rank
+counts, median over steps. Ways: `plain` without graphs, `graph`, with --tbo `graph_tbo` (captured in two halves that overlap),
+and where every rank has a GPU of its own `nccl` (no graph, NCCL for experts and TP). Tokens of plain and graph must be the
+same: the same kernels, so the same numbers; of the others the share that is the same is told. With --tp also sums
+[batch, hidden] of TP ranks alone: checked to the last bit against the sum in the order of ranks, then timed in a graph of fifty,
+beside NCCL's.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import provenance
 from runtime.batch import Segment
 from runtime.comm.experts import make_expert_comm
-from runtime.comm.group import make_group, solo
+from runtime.comm.group import Group, TensorGroup, make_group
 from runtime.comm.waiting import check_peers
 from runtime.decode import DecodeRunner
 from runtime.kv import make_kv
@@ -39,9 +44,12 @@ from runtime.layout import RankLayout
 from runtime.model.transformer import Rig, Transformer
 from runtime.mps import MpsUnavailable, share_gpu
 from runtime.ops import ops_for
+from runtime.options import EngineOptions
+from runtime.rank import tensor_group
 from runtime.tiny import tiny_config
 from runtime.weights import load_weights
 from twin.spec.hf import model_from_hf_config
+from twin.spec.plan import PoolPlan
 from twin.spec.rundir import write_text
 
 _BLOCK, _WARM, _PATIENCE_S = 64, 5, 400
@@ -49,7 +57,7 @@ _BLOCK, _WARM, _PATIENCE_S = 64, 5, 400
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` sequences a rank of about `context` tokens; `rows` say how tokens travel to experts."""
+    """`batch` sequences a DP rank of about `context` tokens; `rows` say how tokens travel to experts."""
 
     ranks: int
     batch: int
@@ -60,6 +68,15 @@ class Case:
     top_k: int
     steps: int
     rows: str
+    tp: int = 1
+    tbo: bool = False
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // self.tp
+
+    def ways(self, *, own_gpus: bool) -> list[str]:
+        return ["plain", "graph", *(["graph_tbo"] if self.tbo else []), *(["nccl"] if own_gpus else [])]
 
 
 def run_rank(rank: int, folder: str, case: Case) -> None:
@@ -77,55 +94,124 @@ def run_rank(rank: int, folder: str, case: Case) -> None:
 
 
 def measure(rank: int, case: Case) -> dict[str, Any]:
-    """Seconds of every step and the last tokens, with graphs and without."""
+    """Seconds of every step and the last tokens of every way; sums of TP ranks."""
     config = tiny_config("deepseek_v3", hidden=case.hidden, layers=case.layers, experts=case.experts, top_k=case.top_k,
                          vocab=4096, context=case.context + 4 * (case.steps + _WARM) + _BLOCK)
     model = model_from_hf_config(config, "deepseek-shaped")
-    at = RankLayout(rank, 0, "mixed", 0, 0, case.ranks, 1, case.ranks, rank, 0, case.experts)
+    at = RankLayout(rank, 0, "mixed", 0, 0, case.dp, case.tp, case.ranks, rank // case.tp, rank % case.tp, case.experts)
     device = torch.device("cuda", torch.cuda.current_device())
+    own_gpus = torch.cuda.device_count() >= case.ranks
+    backend = "nccl" if own_gpus else "gloo"
+    everyone = make_group(range(case.ranks), rank, 120, backend)
+    tps = [make_group(range(first, first + case.tp), rank, 120, backend) for first in range(0, case.ranks, case.tp)]
+    pool = PoolPlan(role="mixed", dp=case.dp, tp=case.tp, ep=case.ranks, comm="symm")
+    options = EngineOptions(device="cuda", backend="triton", dtype="bf16")
+    whole = tensor_group(model, pool, tps[at.dp_rank], options, device, case.batch)
     params = load_weights(model, at, checkpoint=None, seed=1, dtype=torch.bfloat16, device=device)
-    comm = make_expert_comm("symm", make_group(range(case.ranks), rank, 120), at, device="cuda", fp8=case.rows == "fp8",
-                            timeout_s=120.0)
-    transformer = Transformer(model, at, params, Rig(ops_for("triton"), solo(rank), comm))
+    comm = make_expert_comm("symm", everyone, at, device="cuda", fp8=case.rows == "fp8", timeout_s=120.0)
+    ops = ops_for("triton")
     each = -(-(case.context + case.steps + 2 * _WARM) // _BLOCK)
     kv = make_kv(model, at, case.batch * each, _BLOCK, torch.bfloat16, device)
-    count = 0 if rank == case.ranks - 1 else case.batch
-    segments = [Segment([(31 * rank + i) % 4096], case.context, range(i * each, (i + 1) * each)) for i in range(count)]
-    found: dict[str, Any] = {"provenance": provenance(None)}
-    for name in ("plain", "graph"):
+    count = 0 if case.dp > 1 and at.dp_rank == case.dp - 1 else case.batch
+    segments = [Segment([(31 * at.dp_rank + i) % 4096], case.context, range(i * each, (i + 1) * each)) for i in range(count)]
+    found: dict[str, Any] = {"provenance": provenance(None), "card": torch.cuda.get_device_name(), "own_gpus": own_gpus}
+    for name in case.ways(own_gpus=own_gpus):
         for cache in kv:
             cache.fill_(0.01)
-        runner = DecodeRunner(transformer, kv, _BLOCK, most=case.batch, max_context=model.max_context, sizes=[case.batch])
-        if name == "graph":
+        rig = Rig(ops, tps[at.dp_rank], make_expert_comm("nccl", everyone, at)) if name == "nccl" else Rig(ops, whole, comm)
+        transformer = Transformer(model, at, params, rig)
+        runner = DecodeRunner(transformer, kv, _BLOCK, most=case.batch, max_context=model.max_context, sizes=[case.batch],
+                              halve_from=0 if name == "graph_tbo" else None)
+        if name.startswith("graph"):
             runner.capture()
-        drawn = runner.run(segments, case.batch)
-        for _ in range(_WARM):
-            drawn = runner.again(count) if count else runner.run([], case.batch)
-        torch.cuda.synchronize()
-        dist.barrier()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(case.steps + 1)]
-        for mark in marks[:-1]:
-            mark.record()
-            drawn = runner.again(count) if count else runner.run([], case.batch)
-        marks[-1].record()
-        torch.cuda.synchronize()
-        check_peers(comm)
-        found[name] = {"step_s": [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], "tokens": drawn.tokens.tolist()}
+        found[name] = time_steps(runner, segments, case)
+        check_peers(comm, whole)
+    if case.tp > 1:
+        found["sums"] = sums(whole, tps[at.dp_rank], case, device)
+        check_peers(whole)
     return found
 
 
+def time_steps(runner: DecodeRunner, segments: list[Segment], case: Case) -> dict[str, Any]:
+    """Seconds of every step, and the tokens of the last."""
+    count = len(segments)
+    step = lambda: runner.again(count) if count else runner.run([], case.batch)  # noqa: E731
+    drawn = runner.run(segments, case.batch)
+    for _ in range(_WARM):
+        drawn = step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(case.steps + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        drawn = step()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    return {"step_s": [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], "tokens": drawn.tokens.tolist()}
+
+
+def sums(symm: TensorGroup, plain: Group, case: Case, device: torch.device) -> dict[str, Any]:
+    """Whether sums are right to the last bit, and seconds each takes in a graph."""
+    stream = torch.Generator(device).manual_seed(7)
+    right = True
+    for i in range(20):
+        rows = 1 + (i * 37) % case.batch
+        parts = torch.randn(case.tp, rows, case.hidden, generator=stream, device=device).to(torch.bfloat16)
+        want = torch.zeros(rows, case.hidden, device=device)
+        for part in parts:
+            want += part.float()
+        right &= torch.equal(symm.all_reduce(parts[symm.index].clone()), want.to(torch.bfloat16))
+        right &= torch.equal(symm.all_gather(parts[symm.index].clone()), parts)
+    found = {"right": right, "bytes": case.batch * case.hidden * 2, "symm_s": _graph_s(symm, case, device)}
+    if dist.get_backend(plain.pg) == "nccl":
+        found["nccl_s"] = _graph_s(plain, case, device)
+    return found
+
+
+def _graph_s(group: TensorGroup, case: Case, device: torch.device) -> float:
+    """Median seconds of a sum among fifty in a graph."""
+    x = torch.zeros(case.batch, case.hidden, dtype=torch.bfloat16, device=device)
+    group.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(50):
+            group.all_reduce(x)
+    seconds = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        dist.barrier()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # ranks meet on the device before the one that counts
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / 50)
+    return median(seconds)
+
+
 def summary(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The slowest rank of each step; whether both ways ended with the same tokens."""
+    """The slowest rank of each step; whether graph and plain ended with the same tokens, and which share of others'."""
     out: dict[str, Any] = {**asdict(case), "same_tokens": all(r["plain"]["tokens"] == r["graph"]["tokens"] for r in ranks)}
-    for name in ("plain", "graph"):
+    plain = [token for r in ranks for token in r["plain"]["tokens"]]
+    for name in [way for way in ("plain", "graph", "graph_tbo", "nccl") if way in ranks[0]]:
         slowest = sorted(map(max, zip(*(r[name]["step_s"] for r in ranks), strict=True)))
-        out[name] = {"step_s": median(slowest), "step_s_p90": slowest[int(0.9 * len(slowest))], "steps": len(slowest)}
+        tokens = [token for r in ranks for token in r[name]["tokens"]]
+        same = sum(a == b for a, b in zip(tokens, plain, strict=True)) / max(1, len(plain))
+        out[name] = {"step_s": median(slowest), "step_s_p90": slowest[int(0.9 * len(slowest))], "steps": len(slowest),
+                     "same_tokens_share": round(same, 4)}
+    if "sums" in ranks[0]:
+        out["sums"] = {"right": all(r["sums"]["right"] for r in ranks), "bytes": ranks[0]["sums"]["bytes"],
+                       **{key: max(r["sums"][key] for r in ranks) for key in ("symm_s", "nccl_s") if key in ranks[0]["sums"]}}
     return out
 
 
 @click.command(help=__doc__)
 @click.option("--ranks", default=8, show_default=True)
-@click.option("--batch", default=16, show_default=True, help="Sequences a rank.")
+@click.option("--tp", default=1, show_default=True, help="TP ranks of a DP rank; experts are spread over all ranks.")
+@click.option("--tbo", is_flag=True, help="Also steps in two halves that overlap, in a graph.")
+@click.option("--batch", default=16, show_default=True, help="Sequences a DP rank.")
 @click.option("--context", default=1024, show_default=True)
 @click.option("--hidden", default=2048, show_default=True)
 @click.option("--layers", default=8, show_default=True)
@@ -137,6 +223,8 @@ def summary(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 def main(share: bool, out: Path | None, **fields: Any) -> None:
     case = Case(**fields)
+    if case.ranks % case.tp:
+        raise click.BadParameter(f"{case.tp} does not divide {case.ranks} ranks", param_hint="--tp")
     spawn = get_context("spawn")
     try:
         with share_gpu() if share else contextlib.nullcontext({}) as env, tempfile.TemporaryDirectory() as folder:
@@ -153,11 +241,12 @@ def main(share: bool, out: Path | None, **fields: Any) -> None:
             ranks = [json.loads(path.read_text(encoding="utf-8")) for path in written]
     except MpsUnavailable as err:
         raise click.ClickException(str(err)) from err
-    result = {"provenance": ranks[0]["provenance"] | {"method": __doc__}, "share_gpu": share, "case": summary(case, ranks)}
+    result = {"provenance": ranks[0]["provenance"] | {"method": __doc__}, "share_gpu": share, "card": ranks[0]["card"],
+              "own_gpus": ranks[0]["own_gpus"], "case": summary(case, ranks)}
     print(json.dumps(result["case"], indent=1))
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
-    if not result["case"]["same_tokens"]:
+    if not result["case"]["same_tokens"] or not result["case"].get("sums", {"right": True})["right"]:
         sys.exit(1)
 
 

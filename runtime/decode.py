@@ -75,7 +75,8 @@ class DecodeRunner:
             self._step(size)  # kernels are compiled and handles made before the capture; padding alone is computed
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # NCCL's own threads ask after their work meanwhile, which another mode takes for a part of the capture
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             drawn = self._step(size)
         self.graphs[size] = (graph, drawn)
 
