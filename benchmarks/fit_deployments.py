@@ -5,8 +5,10 @@
 
 Each row is predicted three times: as it is, with decode steps a tenth longer, and with prompt steps a tenth longer. In logs
 its errors are then linear in the factors of the keys that it fits (`twin.cost.deployments.keys_of`), which least absolute
-deviations with a pull towards zero find for all rows at once; two rounds, since lines bend. Errors of configurations that a fit
-has not seen (five folds over whole configurations) choose the pull and the widths of intervals.
+deviations with a pull towards zero find for all rows at once; two rounds, since lines bend. Errors of rows that a fit has not
+seen choose the pull: five folds over rows, over whole configurations, and over all of a model's in one format on one
+generation under an engine. The same errors, each configuration weighing the same, give the widths of intervals
+(`twin.cost.deployments.NEAR`).
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from twin.cost.deployments import NONE, SHIPPED, Deployments, Key, keys_of
+from twin.cost.deployments import NEAR, NONE, SHIPPED, Deployments, Key, keys_of
+from twin.cost.engines import ENGINES, Engine
+from twin.cost.model import CostModel
+from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import EptwinError
+from twin.spec.model import ModelSpec
+from twin.spec.plan import Plan, PoolPlan
 from twin.spec.rundir import write_text
 from twin.validate.answer import Answers
 from twin.validate.rows import Question, Unanswered, in_fit_half, question_of, read_rows
@@ -41,8 +49,8 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class Seen:
-    """A row at its present factors: what it fits, log errors (TPOT, TTFT), their slopes in (decode, prefill), and the log half
-    width of its typical decode step."""
+    """A row at its present factors: what it fits, log errors (TPOT, TTFT), their slopes in (decode, prefill), the log half
+    width of its typical decode step, errors with nothing fitted at all, and whether prompts have a pool of their own."""
 
     configuration: str
     moe: bool
@@ -50,6 +58,8 @@ class Seen:
     error: tuple[float, float]
     slope: tuple[tuple[float, float], tuple[float, float]]
     width: float
+    unfitted: tuple[float, float] = (0.0, 0.0)
+    separated: bool = False
 
 
 def chosen(path: Path, half: str, seed: int) -> list[Question]:
@@ -77,17 +87,25 @@ def look(questions: Sequence[Question], seed: int, deployments: Deployments) -> 
     """Predict rows and their slopes."""
     plain, found = Answers(seed, deployments=deployments), []
     nudged = [Answers(seed, deployments=_Nudged(deployments.log_factors, nudge)) for nudge in ((_NUDGE, 0.0), (0.0, _NUDGE))]
+    unfitted = _Unfitted(seed)
     for q in questions:
         try:
-            at = [a.answer(q) for a in (plain, *nudged)]
+            at = [a.answer(q) for a in (plain, *nudged, unfitted)]
         except EptwinError:
             continue
         logs = np.log([[a.tpot_s / q.measured_tpot_s, a.ttft_s / q.measured_ttft_s] for a in at])
-        d, p = (logs[1:] - logs[0]) / _NUDGE
-        width = math.log(at[0].tpot_high_s / at[0].tpot_s)
+        d, p = (logs[1:3] - logs[0]) / _NUDGE
         found.append(Seen(q.row.configuration, q.model.moe is not None, keys_for(q), (logs[0][0], logs[0][1]),
-                          ((d[0], p[0]), (d[1], p[1])), width))
+                          ((d[0], p[0]), (d[1], p[1])), at[0].step_width, (logs[3][0], logs[3][1]), len(q.plan.pools) > 1))
     return found
+
+
+class _Unfitted(Answers):
+    """Engines as engines.py states them."""
+
+    def costs_of(self, model: ModelSpec, cluster: ClusterSpec, plan: Plan, pool: PoolPlan,
+                 engine: Engine | None = None) -> CostModel:
+        return super().costs_of(model, cluster, plan, pool, ENGINES[plan.engine])
 
 
 class _Nudged(Deployments):
@@ -132,28 +150,52 @@ def left_over(seen: Sequence[Seen], fit: Deployments, before: Deployments) -> Ar
     return np.array([s.error for s in seen]) + np.einsum("rmk,rk->rm", np.array([s.slope for s in seen]), moved)
 
 
-def folds(seen: Sequence[Seen], pull: float, before: Deployments, *, strangers: bool = False) -> Array:
-    """Log errors [rows, 2] of rows whose configuration was left out of the fit; with `strangers` all of their model, format
-    and generation of GPUs under their engine was."""
-    names = ["|".join(s.keys[1]) if strangers else s.configuration for s in seen]
+def folds(seen: Sequence[Seen], pull: float, before: Deployments, out: str = "model") -> Array:
+    """Log errors [rows, 2] of rows left out of the fit. What stays known of them is `out`, one of `NEAR`: their configuration
+    (rows are left out alone), their model (all of a configuration is), their engine (all of a model in its format and on
+    its generation is)."""
+    names = [{"configuration": f"row {i}", "model": s.configuration, "engine": "|".join(s.keys[1])}[out]
+             for i, s in enumerate(seen)]
     which = np.array([hashlib.sha256(name.encode()).digest()[1] % _FOLDS for name in names])
     errors = np.zeros((len(seen), 2))
     for fold in range(_FOLDS):
         fit = solve([s for s, f in zip(seen, which, strict=True) if f != fold], pull, before)
-        out = [s for s, f in zip(seen, which, strict=True) if f == fold]
-        if out:
-            errors[which == fold] = left_over(out, fit, before)
+        left = [s for s, f in zip(seen, which, strict=True) if f == fold]
+        if left:
+            errors[which == fold] = left_over(left, fit, before)
     return errors
 
 
 def summary(errors: Array, seen: Sequence[Seen]) -> dict[str, Any]:
-    """Medians and means of relative errors of mixtures of experts, and the multiple of a row's width that holds four in five."""
-    moe = np.array([s.moe for s in seen])
-    off, width = np.abs(np.expm1(errors[moe])), np.array([s.width for s in seen])[moe]
-    times = np.quantile(np.abs(errors[moe]) / width[:, None], 0.8, axis=0)
-    return {"rows": int(moe.sum()), "tpot_median": float(np.median(off[:, 0])), "tpot_mean": float(off[:, 0].mean()),
-            "ttft_median": float(np.median(off[:, 1])), "ttft_mean": float(off[:, 1].mean()),
-            "widths_for_80_percent": [float(t) for t in times]}
+    """Medians and means of relative errors of mixtures of experts."""
+    off = np.abs(np.expm1(errors[[s.moe for s in seen]]))
+    return {"rows": len(off), "tpot_median": float(np.median(off[:, 0])), "tpot_mean": float(off[:, 0].mean()),
+            "ttft_median": float(np.median(off[:, 1])), "ttft_mean": float(off[:, 1].mean())}
+
+
+def width_for(errors: Array, seen: Sequence[Seen]) -> Array:
+    """Multiples [2] of a row's width that hold four in five of mixtures of experts, each configuration weighing the same: what
+    is asked next is another deployment, not another row of the one that has most."""
+    chosen = [i for i, s in enumerate(seen) if s.moe] or list(range(len(seen)))
+    names = [seen[i].configuration for i in chosen]
+    weight = np.array([1.0 / names.count(name) for name in names])
+    times = np.abs(errors[chosen]) / np.array([seen[i].width for i in chosen])[:, None]
+    order = np.argsort(times, axis=0)
+    share = np.cumsum(weight[order], axis=0) / weight.sum()
+    return np.array([times[order[np.searchsorted(share[:, m], 0.8), m], m] for m in (0, 1)])
+
+
+def with_widths(fit: Deployments, left: dict[str, Array], seen: Sequence[Seen]) -> Deployments:
+    """The fit with widths of intervals from errors left out. Separated pools have few rows: one factor for TTFT of all."""
+    widths = {near: width_for(errors, seen) for near, errors in left.items()}
+    for nearer, near in pairwise(NEAR):  # less known is never narrower
+        widths[near] = np.maximum(widths[near], widths[nearer])
+    apart = [i for i, s in enumerate(seen) if s.separated]
+    times = 1.0
+    if apart:
+        times = width_for(left["model"][apart], [seen[i] for i in apart])[1] / widths["model"][1]
+    return replace(fit, widths={near: (float(w[0]), float(w[1])) for near, w in widths.items()},
+                   separated=max(1.0, float(times)))
 
 
 def fit(questions: list[Question], seed: int, workers: int, rounds: int) -> tuple[Deployments, dict[str, Any]]:
@@ -165,17 +207,23 @@ def fit(questions: list[Question], seed: int, workers: int, rounds: int) -> tupl
             seen = [s for part in pool.map(partial(look, seed=seed, deployments=found), parts) for s in part]
         if not turn:
             report["before"] = summary(np.array([s.error for s in seen]), seen)
-        tried = {p: folds(seen, p, found) for p in _PULLS}
-        pull = min(tried, key=lambda p: float(np.minimum(np.abs(tried[p]), _BOUND) @ [1.0, _TTFT_WEIGHT] @ np.ones(len(seen))))
-        report |= {"pull": pull, "left_out": summary(tried[pull], seen), "pulls": {p: summary(e, seen) for p, e in tried.items()}}
-        report["strangers"] = summary(folds(seen, pull, found, strangers=True), seen)
+        tried = {p: {near: folds(seen, p, found, near) for near in NEAR[:3]} for p in _PULLS}
+        pull = min(tried, key=lambda p: _loss(list(tried[p].values())))
+        left = tried[pull] | {"nothing": np.array([s.unfitted for s in seen])}
+        report |= {"pull": pull, "losses": {p: _loss(list(e.values())) for p, e in tried.items()},
+                   "known": {near: summary(errors, seen) for near, errors in left.items()}}
         now = solve(seen, pull, found)
         report["inside"] = summary(left_over(seen, now, found), seen)
-        found = now
-        click.echo(f"round {turn + 1}: pull {pull}")
-        for name in ("left_out", "strangers", "inside"):
-            click.echo(f"  {name}: {report[name]}")
+        found = with_widths(now, left, seen)
+        click.echo(f"round {turn + 1}: pull {pull}, widths {found.widths}, separated {found.separated:.2f}")
+        for name, told in (*report["known"].items(), ("inside", report["inside"])):
+            click.echo(f"  {name}: {told}")
     return found, report
+
+
+def _loss(errors: Sequence[Array]) -> float:
+    """Mean bounded error of TPOT and, half as heavy, of TTFT."""
+    return float(np.mean([(np.minimum(np.abs(e), _BOUND) @ [1.0, _TTFT_WEIGHT]).mean() for e in errors]))
 
 
 @click.command()
@@ -189,9 +237,9 @@ def main(table: Path, half: str, seed: int, rounds: int, workers: int, out: Path
     """Fit and write."""
     found, report = fit(chosen(table, half, seed), seed, workers, rounds)
     entries = [{"key": list(key), "log_decode": round(d, 4), "log_prefill": round(p, 4)}
-               for key, (d, p) in sorted(found.log_factors.items()) if abs(d) > 5e-4 or abs(p) > 5e-4]
-    write_text(out, json.dumps({"table": table.name, "half": half, "seed": seed, "report": report, "entries": entries},
-                               indent=1) + "\n")
+               for key, (d, p) in sorted(found.log_factors.items())]
+    write_text(out, json.dumps({"table": table.name, "half": half, "seed": seed, "report": report, "widths": found.widths,
+                                "separated": found.separated, "entries": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,8 @@ def _fill_pass(logs: tuple[Array, ...], filled: Array, distance: Array, inside: 
         lines, marks = np.moveaxis(filled, number, -1), np.moveaxis(known, number, -1)
         far = np.moveaxis(distance, number, -1)
         t, w, d = (np.moveaxis(a, number, -1) for a in (total, weight, nearest))
-        for line in np.ndindex(lines.shape[:-1]):
+        for line in map(tuple, np.argwhere(marks.any(axis=-1) & ~marks.all(axis=-1)).tolist()):
             mark = marks[line]
-            if mark.all() or not mark.any():
-                continue
             have, want = np.flatnonzero(mark), np.flatnonzero(~mark)
             if inside:
                 want = want[(want > have[0]) & (want < have[-1])]

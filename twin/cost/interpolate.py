@@ -224,9 +224,8 @@ class Interpolator:
             for table in profile.tables:
                 if table.operator != operator:
                     continue
-                choice = _match(profile, table, fixed, attrs, self._away(profile, table))
-                if choice is not None and (best is None or choice.cost < best.cost):
-                    best = choice
+                below = math.inf if best is None else best.cost
+                best = _match(profile, table, fixed, attrs, self._away(profile, table), below) or best
         return best
 
     def _away(self, profile: Profile, table: Table) -> list[tuple[float, float]]:
@@ -298,8 +297,8 @@ def _knots(name: str, levels: tuple[float, ...], an_octave: int) -> Array:
 
 
 def _match(profile: Profile, table: Table, fixed: Mapping[str, float], attrs: Attrs,
-           away: list[tuple[float, float]]) -> _Choice | None:
-    """How well a table answers a call; None where it cannot."""
+           away: list[tuple[float, float]], below: float) -> _Choice | None:
+    """How well a table answers a call; None where it cannot, or not at a cost `below` what is found already."""
     gaps, unnamed = list(away), 0
     for name in sorted(set(table.attrs) | set(attrs)):
         have, want = table.attrs.get(name), attrs.get(name)
@@ -308,8 +307,13 @@ def _match(profile: Profile, table: Table, fixed: Mapping[str, float], attrs: At
         if have is not None and want is not None and have != want:
             gaps.append(_ATTR.get(name, (20.0, 0.3)))
         unnamed += have != want
+    cost = sum(penalty for penalty, _ in gaps) + 0.01 * unnamed
+    if cost >= below:
+        return None
     sheets, octaves = nearest_sheets(table, fixed)
-    cost = sum(penalty for penalty, _ in gaps) + 0.01 * unnamed + _OCTAVE_PENALTY * octaves
+    cost += _OCTAVE_PENALTY * octaves
+    if cost >= below:
+        return None
     bridged = math.sqrt(sum(half**2 for _, half in gaps))
     return _Choice(profile, table, sheets, octaves, bridged, bool(gaps), cost)
 

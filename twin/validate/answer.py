@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from twin.cost.batch import StepBatch
-from twin.cost.deployments import Deployments
+from twin.cost.deployments import Deployments, keys_of, load_deployments
 from twin.cost.engines import Engine
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
@@ -26,15 +26,15 @@ from twin.validate.rows import Question
 from twin.validate.step_times import StepTimes
 
 _MOST_REQUESTS = 4096
-# An 80% interval of a deployment: log half widths as multiples of those of its typical decode step, from errors of
-# configurations when each was left out of the fit (benchmarks.fit_deployments). TTFT is queueing: what is wrong with steps shows
-# several times over.
-_LEAST_WIDTH, _TPOT_WIDTHS, _TTFT_WIDTHS = 0.05, 1.72, 4.0
+# The least log half width of a typical decode step. Intervals of TPOT and TTFT are multiples of it, from errors of rows that a
+# fit had not seen (`deployments.NEAR`). TTFT is queueing: what is wrong with steps shows several times over.
+_LEAST_WIDTH = 0.05
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Predicted means; `parts_s` and `sources` are those of the typical decode step."""
+    """Predicted means; `parts_s`, `sources` and `step_width` (log half of its 80% interval) are those of the typical decode
+    step, `near` is the nearest thing to the deployment that was measured (`deployments.NEAR`)."""
 
     ttft_s: float
     tpot_s: float
@@ -45,6 +45,8 @@ class Answer:
     parts_s: dict[str, float]
     sources: dict[str, str]
     notes: tuple[str, ...]
+    step_width: float
+    near: str
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +87,7 @@ class Answers:
             workers = [Worker(times, serving, pool.role, room_of(model, notes)) for _ in range(pool.instances)]
             (decode if pool.role == "decode" else entry).extend(workers)
         loop = self._loop(question, entry, decode, costs)
-        return _answer(question, loop, costs[-1], notes)
+        return _answer(question, loop, costs[-1], notes, self.deployments or load_deployments())
 
     def lengths(self, question: Question, waves: int) -> list[tuple[int, int]]:
         """Prompt and output tokens of the requests of so many waves; the same for the same seed."""
@@ -144,12 +146,14 @@ def _draw(lengths: Lengths | None, stream: np.random.Generator, count: int) -> l
     return [int(x) for x in stream.integers(lengths.low, lengths.high + 1, count)]
 
 
-def _answer(question: Question, loop: Loop, costs: CostModel, notes: list[str]) -> Answer:
+def _answer(question: Question, loop: Loop, costs: CostModel, notes: list[str], deployments: Deployments) -> Answer:
     isl, osl = means_of(question)
-    pool = costs.pool
+    pool, plan = costs.pool, question.plan
     seqs = max(1.0, question.concurrency / (pool.dp * pool.instances))
     step = costs.step(StepBatch.decode([seqs], [seqs * (isl + osl / 2)]))
     width = math.hypot(math.log(step.high_s / step.total_s), _LEAST_WIDTH)
-    tpot, ttft = (math.exp(width * times) for times in (_TPOT_WIDTHS, _TTFT_WIDTHS))
+    keys = keys_of(plan.engine, question.cluster.groups[0].gpu, question.model, plan.precision, pool)
+    tpot, ttft = (math.exp(width * times) for times in deployments.widths_of(keys, len(plan.pools) > 1))
     return Answer(loop.ttft_s, loop.tpot_s, loop.ttft_s / ttft, loop.ttft_s * ttft, loop.tpot_s / tpot, loop.tpot_s * tpot,
-                  step.parts_s, {key: str(source) for key, source in step.sources.items()}, tuple(notes))
+                  step.parts_s, {key: str(source) for key, source in step.sources.items()}, tuple(notes), width,
+                  deployments.near(keys))

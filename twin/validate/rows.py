@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +38,7 @@ NUMBERS = ("isl", "osl", *(p + c for p in ("", "prefill_", "decode_") for c in _
 SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "h200", "h20_sxm": "h20-96g", "h800_sxm": "h800",
                            "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200-nvl72", "gb200_sxm": "gb200-nvl72",
                            "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
+_BLANK = re.compile(r"(?i)^(nan|none|null|n/a|-)$")
 _WAVES = 10  # requests of each user that InferenceX counts, and what we take where a test does not say
 # How much before the nominal length outputs end in tests of fixed lengths: users stay mostly in step with each other, but not
 # quite. Swept on a third of the rows of both halves, so it is not held out.
@@ -46,13 +48,14 @@ _WARM_SHAPES = {(1024, 1024), (1024, 8192), (8192, 1024)}  # lengths of Inferenc
 
 @dataclass(frozen=True)
 class Row:
-    """One line: texts as written, numbers parsed (absent where blank), other columns in `peers` (predictions of others:
-    `<name>_ttft_ms`, `<name>_tpot_ms`)."""
+    """One line: texts as written (engines and systems by their usual name), numbers parsed (absent where blank), others'
+    columns in `peers` (predictions of others: `<name>_ttft_ms`, `<name>_tpot_ms`), and what could not be read (`problem`)."""
 
     line: int
     texts: Mapping[str, str]
     numbers: Mapping[str, float]
     peers: Mapping[str, float]
+    problem: str = ""
 
     @property
     def name(self) -> str:
@@ -116,7 +119,7 @@ def model_key(path: str) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV file. Raises SpecError with line and column for anything that cannot be read."""
+    """All rows of a CSV file; a cell that cannot be read is its row's problem. Raises SpecError for what is no table."""
     text = read_text(path, max_bytes=MAX_FILE_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -148,28 +151,47 @@ def _check_header(header: list[str], path: Path) -> None:
 def _row(header: list[str], cells: list[str], line: int, path: Path) -> Row:
     if len(cells) != len(header):
         raise SpecError(Problem(f"has {len(cells)} cells", line=line, expected=f"{len(header)}"), file=path)
-    values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    values = {name: _BLANK.sub("", cell.strip()) for name, cell in zip(header, cells, strict=True)}
     texts = {name: values.get(name, "")[:500] for name in TEXT}
-    numbers = {name: _number(values[name], name, line, path) for name in NUMBERS if values.get(name)}
-    peers = {}
-    for name, value in values.items():
-        if name.endswith(("_ttft_ms", "_tpot_ms")) and not name.startswith("silicon_") and value:
-            peers[name] = _number(value, name, line, path)
-    for name in ("isl", "osl"):
-        if name not in numbers:
-            raise SpecError(Problem("is blank", field=name, line=line, expected="tokens"), file=path)
-    return Row(line, texts, numbers, peers)
+    texts["backend"] = _backend(texts["backend"])
+    texts["system"] = _system(texts["system"])
+    texts["mode"] = texts["mode"].lower()
+    numbers, peers, problems = {}, {}, []
+    for name in NUMBERS:
+        value = _number(values.get(name, ""), name)
+        if isinstance(value, float):
+            numbers[name] = value
+        elif values.get(name) and not name.startswith("silicon_"):  # without a measurement a row is still a question
+            problems.append(value)
+    for name, text in values.items():
+        if name.endswith(("_ttft_ms", "_tpot_ms")) and not name.startswith("silicon_"):
+            value = _number(text, name)
+            if isinstance(value, float):
+                peers[name] = value
+    problems += [f"{name} is blank: tokens are needed" for name in ("isl", "osl") if not values.get(name)]
+    return Row(line, texts, numbers, peers, "; ".join(problems))
 
 
-def _number(text: str, name: str, line: int, path: Path) -> float:
+def _backend(text: str) -> str:
+    """An engine by its usual name; a framework in front of it ("dynamo-trt") and what runs separated behind are no engines."""
+    name = re.sub(r"^dynamo[-_]|[-_]disagg$", "", text.lower())
+    return "trtllm" if name in ("trt", "trt-llm", "trt_llm", "tensorrt-llm", "tensorrt_llm", "tensorrtllm") else name
+
+
+def _system(text: str) -> str:
+    name = text.lower().replace("-", "_")
+    return name if name in SYSTEMS or f"{name}_sxm" not in SYSTEMS else f"{name}_sxm"
+
+
+def _number(text: str, name: str) -> float | str:
+    """A cell as a number, or what is wrong with it."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     whole = name not in ("batch_size", "prefill_batch_size", "decode_batch_size") and not name.endswith("_ms")
     if not math.isfinite(value) or value <= 0 or value > 1e9 or (whole and value != int(value)):
-        kind = "a whole number above 0" if whole else "a number above 0"
-        raise SpecError(Problem(f"cannot read {text[:40]!r}", field=name, line=line, expected=kind), file=path)
+        return f"{name}: cannot read {text[:40]!r}, expected {'a whole number above 0' if whole else 'a number above 0'}"
     return value
 
 
@@ -181,6 +203,8 @@ def question_of(row: Row, base: Path = Path()) -> Question | Unanswered:
     checkpoint's own; concurrency is the batch of a rank times attention DP (decode workers in separated rows).
     """
     texts = row.texts
+    if row.problem:
+        return Unanswered(row, row.problem)
     if texts["backend"] not in ("vllm", "sglang", "trtllm", "eptwin"):
         return Unanswered(row, f"engine {texts['backend'][:40]!r} is not known: vllm, sglang, trtllm or eptwin")
     if texts["system"] not in SYSTEMS:

@@ -53,6 +53,27 @@ def test_what_ships_is_read_and_moderate() -> None:
     assert json.loads(SHIPPED.read_text(encoding="utf-8")).keys() >= {"entries"}
 
 
+def test_intervals_widen_with_how_far_the_measured_is() -> None:
+    gpu, other = CLUSTER.groups[0].gpu, load_cluster("a100").groups[0].gpu
+    keys = keys_of("vllm", gpu, gqa_model(), Precision(), pool_of(tp=2))
+    cut = keys_of("vllm", gpu, gqa_model(), Precision(), pool_of(tp=4))
+    strange = keys_of("vllm", other, gqa_model(), Precision(), pool_of(tp=2))
+    widths = {"configuration": (1.0, 2.0), "model": (2.0, 3.0), "engine": (3.0, 4.0), "nothing": (4.0, 5.0)}
+    found = Deployments(dict.fromkeys(keys, (0.0, 0.0)), widths, separated=1.5)
+    assert [found.near(k) for k in (keys, cut, strange)] == ["configuration", "model", "nothing"]
+    assert Deployments({}, widths).near(keys) == "engine"
+    assert found.widths_of(cut, separated=False) == (2.0, 3.0) and found.widths_of(cut, separated=True) == (2.0, 4.5)
+
+
+def test_launches_of_prompts_grow_with_their_factor() -> None:
+    """A short prompt without a CUDA graph waits for the host, whatever the device takes."""
+    slow = Deployments({("vllm", "qwen3_moe"): (0.0, math.log(2.0))})
+    prompt = StepBatch(*(np.array([x]) for x in (0.0, 0.0, 16.0, 64.0, 1.0)))
+    assert costs(slow).site.engine.eager_launch_s == pytest.approx(2 * costs(NONE).site.engine.eager_launch_s)
+    host_s = sum(s for key, s in costs(NONE).step(prompt).parts_s.items() if key == "host/overhead")
+    assert costs(slow).step_s(prompt) - host_s == pytest.approx(2 * (costs(NONE).step_s(prompt) - host_s), rel=1e-6)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"entries": [{"key": ["vllm"]}]}', encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.fit_deployments import Seen, folds, left_over, solve
+from benchmarks.fit_deployments import Seen, folds, left_over, solve, with_widths
 from twin.cost.deployments import NONE
 
 FAST, SLOW = ("vllm", "qwen3_moe"), ("vllm", "gpt_oss")
@@ -42,6 +42,18 @@ def test_one_wild_row_does_not_decide() -> None:
 
 def test_configurations_left_out_are_predicted_by_the_others_and_strangers_are_not() -> None:
     seen = [*rows(FAST, 0.3, 0.0), *rows(SLOW, 0.0, 0.0)]
-    known = np.abs(folds(seen, 0.1, NONE))[:12, 0]
-    strange = np.abs(folds(seen, 0.1, NONE, strangers=True))[:12, 0]
+    known = np.abs(folds(seen, 0.1, NONE, "model"))[:12, 0]
+    strange = np.abs(folds(seen, 0.1, NONE, "engine"))[:12, 0]
     assert known.max() < 0.05 and strange.min() > 0.2
+
+
+def test_widths_hold_four_configurations_in_five_and_grow_with_what_is_not_known() -> None:
+    seen = [Seen(f"c{i}", True, (FAST, (*FAST, "fp8", "hopper")), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)), 0.1, separated=i < 20)
+            for i in range(100) for _ in range(1 + 9 * (i == 0))]
+    off = np.array([[int(s.configuration[1:]) / 1000, 0.0] for s in seen])
+    off[:, 1] = [0.3 if s.separated else 0.01 for s in seen]
+    fit = with_widths(NONE, {"configuration": off, "model": 0.5 * off, "engine": 2 * off, "nothing": 3 * off}, seen)
+    assert fit.widths["configuration"][0] == pytest.approx(0.8, abs=0.02), "ten rows of one configuration count once"
+    assert fit.widths["model"] == fit.widths["configuration"], "never narrower where less is known"
+    assert fit.widths["engine"][0] == pytest.approx(1.6, abs=0.04) and fit.widths["nothing"][0] == pytest.approx(2.4, abs=0.06)
+    assert fit.separated > 1

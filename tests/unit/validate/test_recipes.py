@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from twin.cost.serving import Serving
-from twin.validate.recipes import RECIPES, Recipe, drafts_of, recipe_of, served_as
+from twin.validate.recipes import RECIPES, Recipe, cold_s, drafts_of, recipe_of, served_as
 
 PLAIN = Serving(True, False, 8192, 1)
 
@@ -56,3 +56,22 @@ def test_search_spaces_tell_runs_with_drafts_apart() -> None:
         return drafts_of(texts, {"isl": isl, "tp_size": 8.0, "batch_size": users}, "deepseek-r1")
 
     assert [drafts(4, 8192), drafts(8, 8192), drafts(64, 1024), drafts(128, 1024)] == [0, 2, 0, 2]
+
+
+def test_the_day_of_a_run_chooses_its_script() -> None:
+    def kimi(source: str) -> Recipe | None:
+        texts = {"backend": "vllm", "system": "b200_sxm", "backend_version": "0.17.0", "silicon_data_source": source}
+        return recipe_of(texts, {"isl": 8192.0, "osl": 1024.0, "tp_size": 4.0}, "kimi-k2.5", "fp4", 16, 0)
+
+    before, after, unsaid = (kimi(s) for s in ("x; measured=2026-03-11T00", "x; measured=2026-04-20T00", "x"))
+    assert before is not None and (before.kv, before.prompts) == ("bf16", 0)
+    assert after is not None and (after.kv, after.prompts) == ("", 2)
+    assert unsaid == before
+
+
+def test_only_runs_before_the_warm_up_meet_a_cold_server() -> None:
+    def cold(engine: str, source: str) -> float:
+        return cold_s({"backend": engine, "silicon_data_source": source})
+
+    assert cold("sglang", "a=b; measured=2025-11-10T00:00") > 1
+    assert cold("sglang", "measured=2026-01-21") == cold("sglang", "") == cold("trtllm", "measured=2025-11-10") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,27 @@ def test_blank_fields_take_what_the_rest_implies(tmp_path: Path) -> None:
     assert blank.plan.precision.experts == "fp8_block"  # as the checkpoint stores them
 
 
-@pytest.mark.parametrize(("column", "value"), [("isl", "-4"), ("isl", "many"), ("tp_size", "1.5"), ("osl", ""),
-                                               ("silicon_tpot_ms", "nan"), ("batch_size", "1e99")])
-def test_numbers_are_read_strictly(tmp_path: Path, column: str, value: str) -> None:
-    with pytest.raises(SpecError) as caught:
-        read_rows(write(tmp_path / "bad.csv", {**AGG, column: value}))
-    assert "bad.csv:2" in str(caught.value) and column in str(caught.value)
+@pytest.mark.parametrize(("column", "value"), [("isl", "-4"), ("isl", "many"), ("tp_size", "1.5"), ("osl", ""), ("osl", "NaN"),
+                                               ("batch_size", "1e99"), ("moe_ep_size", "0")])
+def test_a_cell_that_cannot_be_read_is_its_rows_problem_alone(tmp_path: Path, column: str, value: str) -> None:
+    bad, good = read_rows(write(tmp_path / "bad.csv", {**AGG, column: value}, AGG))
+    answer = question_of(bad)
+    assert isinstance(answer, Unanswered) and column in answer.reason
+    assert isinstance(question_of(good), Question)
+
+
+@pytest.mark.parametrize("value", ["", "nan", "-1", "soon"])
+def test_a_row_without_a_measurement_is_still_a_question(tmp_path: Path, value: str) -> None:
+    q = ask(tmp_path, silicon_tpot_ms=value)
+    assert isinstance(q, Question) and math.isnan(q.measured_tpot_s) and q.measured_ttft_s == 0.15
+
+
+@pytest.mark.parametrize(("engine", "system", "means"), [
+    ("vLLM", "H200", ("vllm", "h200_sxm")), ("dynamo-trt", "b200", ("trtllm", "b200_sxm")),
+    ("TensorRT-LLM", "GB200", ("trtllm", "gb200")), ("dynamo-sglang", "b300-sxm", ("sglang", "b300_sxm"))])
+def test_engines_and_systems_under_other_names(tmp_path: Path, engine: str, system: str, means: tuple[str, str]) -> None:
+    q = ask(tmp_path, backend=engine, system=system)
+    assert isinstance(q, Question) and (q.row.texts["backend"], q.row.texts["system"]) == means
 
 
 def test_a_file_without_the_columns_or_with_ragged_lines_is_refused(tmp_path: Path) -> None:
