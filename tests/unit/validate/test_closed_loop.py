@@ -30,6 +30,9 @@ class Clockwork:
     def ranks_s(self, n: list[int], context: list[float], tokens: list[float], depth: list[float]) -> float:
         return (0.010 if n[0] else 0.0) + tokens[0] / 1e5
 
+    def decode_s(self, n: int, context: float) -> float:
+        return 0.010
+
 
 def loop(serving: Serving, users: int, isl: int = 1000, osl: int = 11, room: float = 1e9, waves: int = 1,
          spread: int = 0) -> tuple[float, float]:
@@ -41,6 +44,12 @@ def loop(serving: Serving, users: int, isl: int = 1000, osl: int = 11, room: flo
 
 def test_one_user_waits_for_the_prompt_and_then_for_each_step() -> None:
     assert loop(Serving(True, True, 8192, 1), 1) == pytest.approx((0.010, 0.010))
+
+
+def test_a_cold_server_delays_the_first_requests_alone() -> None:
+    found = [run_loop([Worker(Clockwork(), Serving(True, True, 8192, 1), "mixed", 1e9)], [], 1,  # type: ignore[arg-type]
+                      lambda i: (1000, 11), frontend_s=0.0, handover_s=lambda _: 0.0, waves=4, cold_s=cold) for cold in (0.0, 2.0)]
+    assert found[1].ttft_s - found[0].ttft_s == pytest.approx(2.0 / 4) and found[1].tpot_s == pytest.approx(found[0].tpot_s)
 
 
 def test_whole_budgets_take_prompts_together_and_small_ones_in_turn() -> None:
