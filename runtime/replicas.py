@@ -1,7 +1,8 @@
 """Which replica of an expert each choice of a step goes to: every rank spreads what it brings over all ranks evenly, batch
 by batch, as `twin.policy.replica_split.BatchSplit` has it. Which replica is taken never changes a result.
 
-Legend: E experts, S slots, J experts with several replicas, R ranks that experts are spread over; T tokens, K choices.
+Legend: E experts, S slots, J experts with several replicas, Q rounds of them with P replicas at most, R ranks that experts
+are spread over; T tokens, K choices.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from twin.policy.replica_split import BATCH_SWEEPS, BatchSplit
+from twin.policy.replica_split import BATCH_SWEEPS, BatchSplit, places_of_a_round
 
 
 class Replicas:
@@ -20,21 +21,32 @@ class Replicas:
     def __init__(self, experts: int, slots: int, ranks: int, source: int, device: torch.device, *, kernels: bool) -> None:
         self._experts, self._ranks, self._source, self._kernels = experts, ranks, source, kernels
         self.may_move = False
-        several = max(1, min(slots - experts, experts))  # as many experts can have more than one slot
-        self._first_E, self._rank_E, self._slot_JR = (
-            torch.empty(shape, dtype=torch.int32, device=device) for shape in ((experts,), (experts,), (several, ranks)))
+        several = max(1, min(slots - experts, experts))  # as many experts can have more than one slot, and be rounds alone
+        places = places_of_a_round(slots, experts, ranks)
+        self._table = {name: torch.full(shape, -1, dtype=torch.int32, device=device) for name, shape in (
+            ("first_E", (experts,)), ("rank_E", (experts,)), ("round_J", (several,)), ("rounds", (1,)),
+            ("expert_QP", (several, places)), ("rank_QP", (several, places)), ("slot_QP", (several, places)))}
 
     def place(self, slot_experts: Sequence[int]) -> None:
         """Experts are in these slots from now on."""
         self._in_order = list(slot_experts) == list(range(self._experts))
         self._split = split = BatchSplit(slot_experts, self._experts, self._ranks)
-        first = torch.from_numpy(split.first_E)
-        rank_E = first // (len(slot_experts) // self._ranks)
-        rank_E[torch.from_numpy(split.experts_J)] = self._ranks + torch.arange(len(split.experts_J))
-        slot_JR = torch.full(self._slot_JR.shape, -1)
-        slot_JR[:len(split.experts_J)] = torch.from_numpy(split.slot_JR)
-        for table, values in ((self._first_E, first), (self._rank_E, rank_E), (self._slot_JR, slot_JR)):
-            table.copy_(values)
+        if not self._kernels:
+            return
+        table = {name: torch.full(old.shape, -1, dtype=torch.int32) for name, old in self._table.items()}
+        table["first_E"] = torch.from_numpy(split.first_E)
+        table["rank_E"] = table["first_E"] // (len(slot_experts) // self._ranks)
+        table["rank_E"][torch.from_numpy(split.experts_J)] = self._ranks + torch.arange(len(split.experts_J))
+        table["round_J"][:len(split.round_J)] = torch.from_numpy(split.round_J)
+        table["rounds"][0] = len(set(split.round_J.tolist()))
+        filled = [0] * len(table["expert_QP"])
+        for j, q in enumerate(split.round_J.tolist()):
+            for rank in (split.slot_JR[j] >= 0).nonzero()[0].tolist():
+                for name, value in (("expert_QP", j), ("rank_QP", rank), ("slot_QP", int(split.slot_JR[j, rank]))):
+                    table[name][q, filled[q]] = value
+                filled[q] += 1
+        for name, values in table.items():
+            self._table[name].copy_(values)
 
     def slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """A physical slot for every choice, -1 for -1."""
@@ -45,4 +57,4 @@ class Replicas:
             return torch.from_numpy(slots).to(ids_TK).view(ids_TK.shape)
         from runtime.kernels.replicas import Tables, split  # needs triton
 
-        return split(ids_TK.contiguous(), Tables(self._first_E, self._rank_E, self._slot_JR), self._source, BATCH_SWEEPS)
+        return split(ids_TK.contiguous(), Tables(**self._table), self._source, self._ranks, BATCH_SWEEPS)

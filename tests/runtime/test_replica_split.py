@@ -47,3 +47,15 @@ def test_loads_are_read_from_a_file(tmp_path: Path) -> None:
     path.write_text("# what it is\n0.5,0.5\n0.25,0.75\n0.1,0.9\n")
     assert read_loads(path, 2) == [[0.5, 0.5], [0.1, 0.9]]
     assert np.array(read_loads(None, 3)).shape == (3, 256)
+
+
+def test_experts_of_a_round_share_no_rank_and_rounds_are_few() -> None:
+    """What lets a kernel fill a wide instance's replicated experts in a few steps."""
+    slots = [*range(256), *range(32)]  # 144 ranks of two slots: replicas of expert e lie on ranks e // 2 and 128 + e // 2
+    split = BatchSplit(slots, 256, 144)
+    assert len(split.experts_J) == 32
+    for q in range(int(split.round_J.max()) + 1):
+        held = (split.slot_JR[split.round_J == q] >= 0).sum(axis=0)
+        assert held.max() == 1
+        assert held.sum() <= split.places
+    assert split.round_J.max() + 1 <= 4

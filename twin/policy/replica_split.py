@@ -100,7 +100,9 @@ class BatchSplit:
     that its share of every rank's load is even, and a sum of even shares is even. Nobody asks anybody.
 
     `experts_J` have several replicas, `slot_JR` is where (-1: not on this rank), `first_E` where an expert is that has one;
-    a second replica on the same rank is never needed. Integers throughout, so that a kernel finds the same.
+    a second replica on the same rank is never needed. Experts are taken in rounds: those of one share no rank, so that they
+    can be filled at the same time, `round_J` says which; a round has `places` replicas at most. Integers throughout, so that
+    a kernel finds the same.
     """
 
     def __init__(self, slot_experts: Sequence[int], experts: int, ranks: int) -> None:
@@ -110,7 +112,10 @@ class BatchSplit:
             held[expert].setdefault(slot // slots_per_rank, slot)
         assert all(held), "an expert without a slot"
         self.first_E = np.array([next(iter(slots.values())) for slots in held], dtype=np.int64)
-        self.experts_J = np.array([e for e, slots in enumerate(held) if len(slots) > 1], dtype=np.int64)
+        self.places = places_of_a_round(len(slot_experts), experts, ranks)
+        rounds = _rounds({e: set(slots) for e, slots in enumerate(held) if len(slots) > 1}, self.places)
+        self.experts_J = np.array([e for together in rounds for e in together], dtype=np.int64)
+        self.round_J = np.repeat(np.arange(len(rounds)), [len(together) for together in rounds])
         self.slot_JR = np.full((len(self.experts_J), ranks), -1, dtype=np.int64)
         for j, expert in enumerate(self.experts_J):
             for rank, slot in held[expert].items():
@@ -148,6 +153,26 @@ class BatchSplit:
         for expert, slots_R, fill_R in zip(self.experts_J, self.slot_JR, self.fill(counts_E, source), strict=True):
             slots_N[ids_N == expert] = np.repeat(slots_R, fill_R)
         return slots_N
+
+
+def places_of_a_round(slots: int, experts: int, ranks: int) -> int:
+    """How many replicas are filled at the same time at most: one on each rank, and no more than one expert can have."""
+    return max(1, min(ranks, slots - experts + 1))
+
+
+def _rounds(ranks_of: dict[int, set[int]], places: int) -> list[list[int]]:
+    """Experts in rounds whose ranks differ, those with most replicas first."""
+    rounds: list[list[int]] = []
+    taken: list[set[int]] = []
+    for expert, ranks in sorted(ranks_of.items(), key=lambda item: (-len(item[1]), item[0])):
+        fits = (q for q, busy in enumerate(taken) if busy.isdisjoint(ranks) and len(busy) + len(ranks) <= places)
+        q = next(fits, len(rounds))
+        if q == len(rounds):
+            rounds.append([])
+            taken.append(set())
+        rounds[q].append(expert)
+        taken[q] |= ranks
+    return rounds
 
 
 def pour(amount: int, loads: Sequence[int]) -> list[int]:

@@ -30,11 +30,13 @@ for world in (2, 8, 64):
     ptx = build(symm._meet_kernel, {"WORLD": world, "LANES": world, "POLLS": 64, "TIMED": True}, 1, bases=i64, turn=i32,
                 present=i32, patience=i64, lost=i32, alarm=i32, off=i32)
     assert "globaltimer" in ptx and "release" in ptx and ptx.count("ld.volatile") >= 2
-for ranks in (2, 8, 64):
-    build(replicas._pour_kernel, {"RANKS": ranks, "LANES": ranks, "BINS": 32, "SWEEPS": 2, "BLOCK": 1024}, 4, ids=i64, slots=i64,
-          first=i32, rank_of=i32, slot_of=i32, bounds=i32)
-    build(replicas._deal_kernel, {"RANKS": ranks, "LANES": ranks, "BLOCK": 8192 // max(ranks, 8)}, 4, ids=i64, slots=i64,
-          rank_of=i32, slot_of=i32, fills=i32)
+for ranks, places in ((2, 2), (8, 8), (144, 33)):
+    wide = max(triton.next_power_of_2(places), 2)
+    build(replicas._pour_kernel, {"RANKS": ranks, "LANES": triton.next_power_of_2(ranks), "BINS": 32, "P": places, "WIDE": wide,
+          "SWEEPS": 2, "BLOCK": 1024}, 4, ids=i64, slots=i64, **dict.fromkeys(
+          ("first", "rank_of", "rounds", "experts", "ranks", "fills", "scratch"), i32))
+    build(replicas._deal_kernel, {"RANKS": ranks, "P": places, "WIDE": wide, "BLOCK": 8192 // max(wide, 8)}, 4, ids=i64,
+          slots=i64, **dict.fromkeys(("rank_of", "round_of", "experts", "slot_of", "fills"), i32))
 for fp8 in (False, True):
     shape = {"EXPERT_TP": 1, "CHOICES": 8, "LANES": 8}
     build(symm._push_kernel, {**shape, "WORLD": 8, "FP8": fp8, "BLOCK": 8192 if fp8 else 2048}, 8 if fp8 else 4, x="*bf16",

@@ -23,7 +23,8 @@ def choices(tokens: int, experts: int, k: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
-@pytest.mark.parametrize(("experts", "slots", "ranks"), [(16, 24, 8), (12, 15, 3), (8, 8, 4), (4, 16, 4), (256, 288, 8)])
+@pytest.mark.parametrize(("experts", "slots", "ranks"), [(16, 24, 8), (12, 15, 3), (8, 8, 4), (4, 16, 4),
+                                                        (256, 288, 8), (64, 96, 24)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_kernel_splits_as_the_policy_does(device: torch.device, experts: int, slots: int, ranks: int,
                                               dtype: torch.dtype) -> None:
@@ -46,10 +47,10 @@ def test_a_placement_that_changes_is_seen_by_what_was_captured(device: torch.dev
     ids = torch.tensor([[0, 3], [-1, -1], [2, 1]], device=device)
     assert replicas.slots(ids) is ids, "nothing is looked up where nothing can change"
     replicas.may_move = True
-    tables = kernels.Tables(replicas._first_E, replicas._rank_E, replicas._slot_JR)
+    tables = kernels.Tables(**replicas._table)
     assert replicas.slots(ids).tolist() == ids.tolist()
     replicas.place([2, 3, 0, 1])
-    assert kernels.split(ids, tables, 0, BATCH_SWEEPS).tolist() == [[2, 1], [-1, -1], [0, 3]]
+    assert kernels.split(ids, tables, 0, 2, BATCH_SWEEPS).tolist() == [[2, 1], [-1, -1], [0, 3]]
 
 
 def test_no_choices_at_all(device: torch.device) -> None:
