@@ -9,6 +9,7 @@ Legend: T own tokens, N arriving rows, R ranks, E experts, K choices, H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +75,9 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
                   device: torch.device | str) -> list[Arrival]:
     """Route `tokens` tokens of each of the instance's ranks in every MoE layer and keep what reaches this rank.
 
-    Experts are chosen without replacement with odds exp(skew z), z normal: `skew` 0 is uniform. A token that chose an
-    expert of several replicas goes to one of them at random; redundant slots repeat the first experts.
+    Experts are chosen without replacement with odds exp(skew z), z normal: `skew` 0 is uniform. Redundant slots repeat the
+    first experts, which are twice as popular, since a balancer would not have doubled them otherwise: every slot gets alike.
+    A token that chose an expert of several replicas goes to one of them at random.
     """
     m = model.moe
     assert m is not None
@@ -84,6 +86,7 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
     arrivals = []
     for _ in range(model.moe_layers):
         odds = skew * torch.randn(m.experts, generator=stream, device=device)
+        odds[:at.slots - m.experts] += math.log(2)
         noise = torch.rand(total, m.experts, generator=stream, device=device).clamp(min=1e-12)
         ids = (odds - noise.log().neg().log()).topk(m.top_k, -1)[1]
         extra = ids < at.slots - m.experts  # of two replicas, the second half of the time
