@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from twin.cost.interpolate import Interpolator
+from twin.cost.local_experts import with_local
 from twin.cost.profile import GpuPeaks, ProfileStore, gpu_key, load_profile, load_store
 from twin.spec.cluster import GpuSpec, NetworkSpec
 from twin.spec.plan import Plan
@@ -21,7 +22,7 @@ class Evidence:
     @classmethod
     def load(cls, profile: str | Path | None = None) -> Evidence:
         """The profiles that ship with the package, and one file (or a folder of them) of the user's own."""
-        shipped = load_store()
+        shipped = with_local(load_store())
         if profile is None:
             return cls(shipped)
         path = Path(profile)

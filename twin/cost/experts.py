@@ -13,6 +13,8 @@ import numpy as np
 from twin.cost.batch import Array
 from twin.cost.engines import OUR_ENGINE
 from twin.cost.interpolate import Curve, Interpolator
+from twin.cost.local_experts import ENGINES as LOCAL_ENGINES
+from twin.cost.local_experts import LOCAL
 from twin.cost.measured import Evidence, evidence_of
 from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
 from twin.cost.routing import expected_max, load_variance, slot_shares
@@ -114,11 +116,12 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     """From the profile's tables of one MoE layer, permutation included.
 
     Behind DeepEP, and where popularity is stated, the table of an even load is read at the tokens that would load every rank
-    as the fullest is. Where it is not (`even`: nothing is known of it), the table that was measured under a mild power
-    law says what real routers do: they leave experts idle in small batches. Of several kernels the fastest counts, as
-    engines choose; with `shared_kernels` (Blackwell, where engines can run the same library's) also another engine's, if the
-    own table says much more. None where no table of this layout is close enough, or where it says several times what
-    `roofline` does: such rows were measured with the host in the way or with a kernel nobody tuned for the shape.
+    as the fullest is (`local_experts` says how those of SGLang and vLLM are read). Where it is not (`even`: nothing is known
+    of it), the table that was measured under a mild power law says what real routers do: they leave experts idle in small
+    batches. Of several kernels the fastest counts, as engines choose; with `shared_kernels` (Blackwell, where engines can run
+    the same library's) also another engine's, if the own table says much more. None where no table of this layout is close
+    enough, or where it says several times what `roofline` does: such rows were measured with the host in the way or with a
+    kernel nobody tuned for the shape.
     """
     moe = model.moe
     assert moe is not None
@@ -130,6 +133,9 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
              "distribution": _SKEWED if skewed else "balanced" if layout == "fused" else "uniform"}
     shape = {name: float(value) for name, value in fixed.items()}
     tokens = work.tokens if skewed else work.tokens * work.pairs_max / work.pairs_mean
+    if layout == "fused" and not skewed and pool.ep > 1 and profile.engine in LOCAL_ENGINES:
+        shape |= {"experts": shape["experts"] / pool.ep, "moe_ep": 1.0}
+        words["layout"], tokens = LOCAL, work.pairs_max / moe.top_k
     decoding = work.tokens <= 1024
     found = _fastest(_kernels(profile, shape, words), tokens, 128.0 * pool.dp)
     if found is None or found[1].half_width > 1.0:

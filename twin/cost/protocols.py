@@ -107,6 +107,23 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
         note="TCP on the host; calibrate"),
 )}
 
+# All-to-alls of other libraries that published times are compared with; no pool of a plan runs them.
+LIBRARIES: dict[str, Protocol] = {protocol.name: protocol for protocol in (
+    Protocol(
+        "pplx", "direct_copies",
+        # pplx-garden on H200 + CX7 400G: 128 tokens x 7168 top-8 on 8 / 16 / 32 ranks 50 / 110 / 154 us and 65 / 186 / 266 us
+        # back, 4096 tokens 1.06 / 1.40 ms on 8 and 4.0 / 7.5 ms on 32: 210 and 300 GB/s of NVLink, 47 and 49 of the NIC.
+        Phase(nvlink=0.8, rdma=0.94, nvlink_cap=210e9, forward_cap=_FAST, base_s=17e-6, remote_s=9e-6),
+        Phase(nvlink=0.8, rdma=0.97, nvlink_cap=305e9, forward_cap=_FAST, base_s=22e-6, remote_s=6e-6),
+        comm_sms=16, beside=1.3, source="calibrated", note="published for ConnectX-7"),
+    Protocol(
+        "pplx_efa", "direct_copies",
+        # the same kernels over EFA (2 x 200G a GPU): 215 / 229 us and 242 / 335 us at 128 tokens, 4.6 / 8.3 ms at 4096
+        Phase(nvlink=0.8, rdma=0.81, nvlink_cap=210e9, forward_cap=_FAST, base_s=17e-6, remote_s=78e-6),
+        Phase(nvlink=0.8, rdma=0.88, nvlink_cap=305e9, forward_cap=_FAST, base_s=22e-6, remote_s=50e-6),
+        comm_sms=16, beside=1.3, source="calibrated", note="published for EFA"),
+)}
+
 # Collectives of tensor parallelism on top of the graph's time: fraction of link rate and fixed seconds. nccl-tests and
 # CUDA-graph replays on 8 x H200: all-reduce 128 KiB 21 us, 2 MiB 37 us, 32 MiB 197 us; 512 MiB 2.04 ms.
 TP_EFFICIENCY, TP_BASE_S = 0.80, 6e-6

@@ -1,24 +1,28 @@
-"""Records of single exchanges, collectives, hand-overs and products: what one kernel or library call takes."""
+"""Records of single exchanges, collectives and hand-overs: what one library call takes."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
+from twin.cost.build import exchanges
 from twin.cost.comm import kv_transfer_s
 from twin.cost.model import CostModel
 from twin.cost.network import Network
-from twin.cost.protocols import PROTOCOLS, TP_BASE_S, TP_EFFICIENCY
+from twin.cost.protocols import LIBRARIES, PROTOCOLS, TP_BASE_S, TP_EFFICIENCY
 from twin.cost.routing import touch_probability
 from twin.spec.load import load_cluster
 from twin.spec.plan import Plan, PoolPlan, Precision
 from twin.validate.record_pools import evidence
+from twin.validate.record_units import per_second, unit_bytes
 from twin.validate.record_words import Found, Record, cluster_of, model_named, number, preset_of, text_of
 from twin.validate.words import model_of
 
 _FP8 = Precision(weights="fp8_block", experts="fp8_block", kv="bf16", dispatch="fp8")
-_COMM_WIDTH, _KV_WIDTH = 0.15, 0.20  # half widths of 80% intervals, from their own tables
+_COMM_WIDTH, _OTHER_WIDTH, _KV_WIDTH = 0.15, 0.35, 0.20  # half widths of 80% intervals, from their own tables
+_NCCL_GPUS = 8  # the most that tables of NCCL have
 # Before April 2025 DeepEP's kernels across nodes reached so much of what they reach since: 44 and 46 of 58 and 51 GB/s.
 _FIRST_ACROSS = 0.85
 # A call of normal mode as a host times it: layout, exchange of counts and the host's wait for them, before anything moves.
@@ -39,7 +43,8 @@ def _exchange(record: Record, backend: str) -> tuple[CostModel, float]:
                                        "top_k_groups": min(groups, 4)})
     model = model.model_copy(update={"moe": moe, "hidden": int(record.get("hidden") or 7168)})
     pool = PoolPlan(role="decode", dp=ranks, ep=ranks, comm=backend)  # type: ignore[arg-type]
-    plan = Plan(pools=(pool, PoolPlan(role="prefill")), precision=_FP8, engine="sglang")
+    sent = _FP8.model_copy(update={"dispatch": _dispatch_format(record)})
+    plan = Plan(pools=(pool, PoolPlan(role="prefill")), precision=sent, engine="sglang")
     if backend == "deepep_low_latency" and _before(record, "2025-06"):
         # before June 2025 low latency sent everything over RDMA, inside a node too
         cluster = cluster.model_copy(update={"network": cluster.network.model_copy(update={"nvlink_domain_gpus": 1})})
@@ -55,21 +60,65 @@ def _before(record: Record, month: str) -> bool:
     return len(date) >= len(month) and date < month
 
 
+def _library(record: Record, tokens: float) -> str:
+    """Which all-to-all a record is about: a protocol's name. Raises ValueError for one that the twin has not."""
+    text = f"{text_of(record)} {record.get('model', '')} {record.get('library', '')}".lower()
+    metric = str(record["metric"]).lower()
+    if "deepep" in text:
+        return "deepep_normal" if "normal" in text or "high throughput" in text or tokens > 1024 else "deepep_low_latency"
+    if "pplx-garden" in text or "pplxgarden" in text or "fabric-lib" in text or "pplxefa" in text or "pplx-efa" in text:
+        return "pplx_efa" if "efa" in f"{record.get('network', '')} {record.get('id', '')}".lower() else "pplx"
+    if re.search(r"pplx[- ]kernels", text):
+        raise ValueError("library: kernels that its own authors replaced, slower on fewer ranks")
+    if re.search(r"mnnvl|one[- ]sided|trt|tensorrt|flashinfer", text):
+        return "symm"
+    if re.search(r"mooncake|nixl|uccl|mori", text):
+        return "deepep_low_latency"  # they keep its interface and send the same copies
+    if metric.startswith("torch"):
+        raise ValueError("library: a host's all_to_all with split sizes, mostly the host's own time")
+    if re.search(r"nccl|rccl", text):
+        return "nccl"
+    return "deepep_low_latency" if tokens <= 1024 else "deepep_normal"
+
+
 def exchange_latency(record: Record) -> Found | str:
-    """Microseconds of one dispatch or combine of DeepEP, or of both."""
-    text, metric = f"{text_of(record)} {record.get('model', '')}".lower(), str(record["metric"])
-    if "deepep" not in text:
-        return "another library's all-to-all: the twin has DeepEP's"
-    tokens = number(record["tokens_per_gpu"])
-    normal = "normal" in text or tokens > 1024  # low latency keeps a slot for every token
-    costs, tokens = _exchange(record, "deepep_normal" if normal else "deepep_low_latency")
+    """Time of one dispatch or combine, or of both."""
+    metric, tokens = str(record["metric"]).lower(), number(record["tokens_per_gpu"])
+    library = _library(record, tokens)
+    costs, tokens = _exchange(record, library if library in PROTOCOLS else "deepep_low_latency")
+    made = costs.exchanges
+    if library not in PROTOCOLS:
+        protocol = LIBRARIES[library]
+        made = tuple((name, exchange) for name, exchange in zip(
+            ("dispatch", "combine"), exchanges(replace(costs.site, protocol=protocol)), strict=True) if exchange is not None)
+    if not made:
+        return "one rank exchanges nothing"
     seconds = 0.0
-    for name, exchange in costs.exchanges:
-        if name in metric:
+    for name, exchange in made:
+        if name in metric or not re.search("dispatch|combine", metric):
             nvlink_s, rdma_s = exchange.seconds(np.array([tokens]))
-            called = _CALL_S if normal and name == "dispatch" and "p50" in metric else 0.0
+            called = _CALL_S if library == "deepep_normal" and name == "dispatch" and "p50" in metric else 0.0
             seconds += float(nvlink_s + rdma_s) + exchange.fixed_s + called
-    return Found.near(seconds * 1e6, _COMM_WIDTH, "calibrated")
+    known = library in ("deepep_normal", "deepep_low_latency", *LIBRARIES) and "gb" not in str(record.get("gpu", "")).lower()
+    return Found.near(seconds * per_second(record, "us"), _COMM_WIDTH if known else _OTHER_WIDTH, "calibrated")
+
+
+def copies_bandwidth(record: Record) -> Found | str:
+    """GB/s of a low-latency exchange: bytes of all copies, a rank's own counted, over its time."""
+    tokens = number(record["tokens_per_gpu"])
+    seconds = exchange_latency({**record, "metric": re.sub(r"(_rdma|_nvlink)?_bandwidth", "_latency", str(record["metric"])),
+                                "unit": "s"})
+    if isinstance(seconds, str):
+        return seconds
+    dispatch = "dispatch" in str(record["metric"])
+    element = 2.0 if not dispatch or _dispatch_format(record) == "bf16" else 1.0 + 4 / 128
+    n_bytes = tokens * int(record.get("topk") or 8) * int(record.get("hidden") or 7168) * element
+    return Found(n_bytes / seconds.value / 1e9, n_bytes / seconds.high / 1e9, n_bytes / seconds.low / 1e9, seconds.sources)
+
+
+def _dispatch_format(record: Record) -> str:
+    return "bf16" if re.search(r"bf16[ _-]*dispatch|dispatch[ _:-]*bf16", f"{record.get('precision', '')}".lower()) or \
+        str(record.get("precision", "")).strip().lower() == "bf16" else "fp8"
 
 
 def exchange_bandwidth(record: Record) -> Found | str:
@@ -104,47 +153,82 @@ def logical_bandwidth(record: Record) -> Found | str:
 
 
 def bus_bandwidth(record: Record) -> Found | str:
-    """GB/s that nccl-tests calls the bus bandwidth of an all-to-all: what leaves a GPU, per second."""
-    size = re.search(r"(\d+)\s*(k|m|g)ib", str(record["metric"]).lower())
-    if size is None:
-        return "states no message size"
-    n_bytes = float(size[1]) * {"k": 2.0**10, "m": 2.0**20, "g": 2.0**30}[size[2]]
+    """GB/s that nccl-tests call the bus bandwidth of a collective (what a GPU sends, whatever the algorithm), or its size over
+    its time where the record says algbw."""
+    metric = str(record["metric"]).lower()
+    size = re.search(r"(\d+)\s*(k|m|g)i?b", metric)
+    n_bytes = float(size[1]) * {"k": 2.0**10, "m": 2.0**20, "g": 2.0**30}[size[2]] if size else _size(record)
     ranks = int(record["gpus"])
-    cluster, phase = cluster_of(record, ranks), PROTOCOLS["nccl"].dispatch
-    network = Network(cluster)
-    traffic = np.full((ranks, ranks), n_bytes / ranks)
-    links = network.link_bytes(traffic, range(ranks))
-    rate = network.capacity * np.where(network.nvlink_links, phase.nvlink, phase.rdma)
-    seconds = float((links / rate).max()) + phase.base_s + (phase.remote_s if links[~network.nvlink_links].any() else 0.0)
-    return Found.near(n_bytes * (ranks - 1) / ranks / seconds / 1e9, 0.25, "calibrated")
+    kind = _operation(metric) or _operation(str(record.get("op") or record.get("id", "")))
+    if n_bytes is None or kind is None:
+        return "states no operation or size in bytes"
+    found = _collective_s(record, kind, n_bytes, ranks)
+    sent = {"all_reduce": 2.0}.get(kind, 1.0) * (ranks - 1) / ranks if "alg" not in metric else 1.0
+    return Found(*(n_bytes * sent / s / 1e9 for s in (found.value, found.high, found.low)), found.sources)
+
+
+def _operation(text: str) -> str | None:
+    plain = re.sub(r"[^a-z0-9]", "", text.lower())
+    kinds = {"allgather": "all_gather", "reducescatter": "reduce_scatter", "allreduce": "all_reduce", "alltoall": "all_to_all"}
+    return next((kind for word, kind in kinds.items() if word in plain), None)
+
+
+def _size(record: Record) -> float | None:
+    size = record.get("message_bytes") or record.get("size_bytes")
+    return None if size is None else float(size)
 
 
 def collective(record: Record) -> Found | str:
-    """Milliseconds of one NCCL collective."""
-    name = str(record.get("op") or record.get("op_name") or record.get("id", ""))
-    plain = name.replace("_", "").replace("-", "")
-    kinds = ("all_gather", "reduce_scatter", "all_reduce", "alltoall")
-    kind = next((k for k in kinds if k.replace("_", "") in plain), None)
-    size = record.get("message_bytes") or record.get("size_bytes")
+    """Time of one NCCL collective; the unit is ms where none is stated."""
+    named = str(record.get("op") or record.get("op_name") or "")
+    kind = _operation(named) or _operation(f"{record.get('id', '')} {record['metric']}")
+    size = _size(record)
     if kind is None or size is None:
         return "states no operation or size in bytes"
-    gpus = int(record.get("gpus") or 8)
-    cluster = cluster_of({**record, "network": ""}, gpus)
+    found, scale = _collective_s(record, kind, size, int(record.get("gpus") or 8)), per_second(record, "ms")
+    return Found(found.value * scale, found.low * scale, found.high * scale, found.sources)
+
+
+def _collective_s(record: Record, kind: str, size: float, gpus: int) -> Found:
+    """Seconds: from the tables of one domain, else the graph's at the rate that collectives reach."""
+    cluster = cluster_of(record if gpus > 8 else {**record, "network": ""}, gpus)
     plan = Plan(pools=(PoolPlan(role="mixed"),), engine="sglang")
     interpolator = evidence().interpolator(cluster.groups[0].gpu, cluster.network, plan)
-    curve = interpolator.curve({"alltoall": "all_to_all"}.get(kind, kind), {"gpus": float(gpus)}, {"backend": "nccl"}) \
-        if interpolator is not None and gpus <= cluster.network.nvlink_domain_gpus else None
+    near = interpolator is not None and gpus <= min(cluster.network.nvlink_domain_gpus, _NCCL_GPUS)
+    curve = interpolator.curve(kind, {"gpus": float(gpus)}, {"backend": "nccl"}) if interpolator is not None and near else None
     if curve is not None:
-        one = curve.estimate(float(size))
-        return Found(one.seconds * 1e3, one.low_s * 1e3, one.high_s * 1e3, (str(one.source),))
-    network = Network(cluster)
+        one = curve.estimate(size)
+        return Found(one.seconds, one.low_s, one.high_s, (str(one.source),))
+    network, ranks = Network(cluster), np.arange(gpus)
+    if kind == "all_to_all":
+        phase = PROTOCOLS["nccl"].dispatch
+        links = network.link_bytes(np.full((gpus, gpus), size / gpus), ranks)
+        rate = network.capacity * np.where(network.nvlink_links, phase.nvlink, phase.rdma)
+        fixed_s = phase.base_s + (phase.remote_s if links[~network.nvlink_links].any() else 0.0)
+        return Found.near(float((links / rate).max()) + fixed_s, 0.3, "calibrated")
     ask = network.all_reduce_s if kind == "all_reduce" else network.all_gather_s
-    return Found.near((ask(float(size) / TP_EFFICIENCY, np.arange(gpus)) + TP_BASE_S) * 1e3, 0.3, "calibrated")
+    return Found.near(ask(size / TP_EFFICIENCY, ranks) + TP_BASE_S, 0.3, "calibrated")
 
 
 def kv_transfer(record: Record) -> Found | str:
-    """Milliseconds to hand a prompt's KV from one instance to another on the next node. A model and a prompt say the bytes better
-    than a rounded size of unknown unit; heads are replicated where TP exceeds them."""
+    """Time to hand a prompt's KV from one instance to another on the next node."""
+    found = _hand_over(record)
+    if isinstance(found, str):
+        return found
+    return Found.near(found[1] * per_second(record, "ms"), _KV_WIDTH, "calibrated")
+
+
+def kv_bandwidth(record: Record) -> Found | str:
+    """GB/s of a hand-over: its bytes over its time."""
+    found = _hand_over(record)
+    if isinstance(found, str):
+        return found
+    return Found.near(found[0] / found[1] / unit_bytes(record, "gb"), _KV_WIDTH, "calibrated")
+
+
+def _hand_over(record: Record) -> tuple[float, float] | str:
+    """(bytes, seconds). A model and a prompt say the bytes better than a rounded size of unknown unit; heads are replicated
+    where TP exceeds them."""
     tp = int(record.get("tp") or 1)
     if record.get("model") and record.get("isl"):
         model = model_named(record)
@@ -160,28 +244,4 @@ def kv_transfer(record: Record) -> Found | str:
     wide = max(per_node, tp)
     cluster = cluster_of({**record, "gpu": record.get("gpu") or "h100"}, 2 * wide)
     network = Network(cluster)
-    seconds = kv_transfer_s(network, range(tp), range(wide, wide + tp), size)
-    return Found.near(seconds * 1e3, _KV_WIDTH, "calibrated")
-
-
-def kv_bytes(record: Record) -> Found | str:
-    """Bytes of one token's KV."""
-    kv = "fp8" if "fp8" in str(record["metric"]) else "bf16"
-    value = model_named(record).kv_bytes_per_token(kv, tp=1)  # type: ignore[arg-type]
-    return Found(float(value), float(value), float(value), ("measured",))
-
-
-def product_rate(record: Record) -> Found | str:
-    """TFLOP/s of one dense fp8 product, from the profile's tables."""
-    sides = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(record.get("NK", "")))
-    if sides is None or "M" not in record:
-        return "not one dense product of stated sizes"
-    m, n, k = float(record["M"]), float(sides[1]), float(sides[2])
-    cluster = cluster_of(record, 1)
-    plan = Plan(pools=(PoolPlan(role="mixed"),), engine="sglang")
-    interpolator = evidence().interpolator(cluster.groups[0].gpu, cluster.network, plan)
-    curve = interpolator.curve("gemm", {"k": k, "n": n}, {"dtype": "fp8_block"}) if interpolator is not None else None
-    if curve is None:
-        return "no table of products covers this GPU"
-    one, flops = curve.estimate(m), 2 * m * n * k / 1e12
-    return Found(flops / one.seconds, flops / one.high_s, flops / one.low_s, (str(one.source),))
+    return size, kv_transfer_s(network, range(tp), range(wide, wide + tp), size)

@@ -12,52 +12,61 @@ import numpy as np
 
 from twin.cost.batch import StepCost
 from twin.cost.routing import popularity
-from twin.spec.model import ModelSpec
 from twin.spec.scenario import Routing
-from twin.validate.answer import Answers
 from twin.validate.record_comm import (
     bus_bandwidth,
     collective,
+    copies_bandwidth,
     exchange_bandwidth,
     exchange_latency,
-    kv_bytes,
+    kv_bandwidth,
     kv_transfer,
     logical_bandwidth,
-    product_rate,
 )
+from twin.validate.record_gains import draft_gain, eplb_gain, tbo_gain
+from twin.validate.record_kernels import QUANTISE_S, product_rate
+from twin.validate.record_memory import gpu_memory, kv_bytes
 from twin.validate.record_pools import DRIFT, Asked, asked, expert_loads, rank_excess, redundant_slots, usual_share
+from twin.validate.record_serving import served, serving
+from twin.validate.record_units import metric_of, per_second
 from twin.validate.record_words import Found, Record, model_named, stated, text_of
-from twin.validate.rows import Row, Unanswered, question_of
 from twin.validate.words import model_of
 
 # Popularity in the load matrix of DeepSeek-V3's prefill, which "random placement" records read: the most popular of 256 gets 8
 # times the mean.
 _MATRIX = Routing(kind="lognormal", sigma=0.89)
-_GAIN_WIDTH = 1.05  # times the ratio of throughputs
 _SKEW_WIDTH = 0.12  # half width of the 80% interval, from its own records
 
 _KINDS = (
     (r"(prefill|decode)_layer_time_\w+", "layer"),
-    (r"(dispatch|combine|dispatch\+combine)(_p50)?_latency", "exchange latency"),
+    (r"(torch_)?((dispatch|combine)(\+|_and_)?(combine)?|all_?to_?all|a2a)(_p50)?_(latency|time)", "exchange latency"),
     (r"(dispatch|combine)_bottleneck_bandwidth", "exchange bandwidth"),
     (r"(dispatch|combine)_logical_bandwidth", "logical bandwidth"),
-    (r"nccl_alltoall_busbw\w*", "bus bandwidth"),
-    (r"kv_transfer_time\w*", "kv transfer"),
-    (r"kv_cache_bytes_per_token\w*", "kv bytes"),
-    (r"(tpot|ttft)\w*", "serving"),
-    (r"itl\w*|(decode_)?step_time\w*", "step"),
-    (r"(tbo|dbo|two_batch_overlap)_(gain|speedup)\w*", "tbo gain"),
-    (r"balancedness\w*|per_gpu_max_over_mean\w*|imbalance_ratio.*", "balance"),
-    (r"fp8_tflops", "product"),
+    (r"(dispatch|combine)(_rdma|_nvlink)?_bandwidth", "copies bandwidth"),
+    (r"(nccl_|rccl_)?(all_?to_?all|all_?reduce|all_?gather|reduce_?scatter)_(bus|alg)_?(bw|bandwidth)\w*", "bus bandwidth"),
+    (r"(nccl_|rccl_)?(all_?reduce|all_?gather|reduce_?scatter)_(latency|time)", "collective"),
+    (r"kv(_cache)?_transfer_(time|latency|duration)\w*", "kv transfer"),
+    (r"kv(_cache)?_transfer_(bandwidth|throughput|rate)\w*", "kv bandwidth"),
+    (r"kv_?(cache)?_(bytes|size)_per_token\w*", "kv bytes"),
+    (r"(free|available)_kv_\w*|kv(_cache)?_(memory|capacity)\w*|weights?_(memory|per_gpu|bytes)\w*", "memory"),
+    (r"(tpot|ttft|time_to_first_token|time_per_output_token|e2e_latency|end_to_end_latency)\w*", "serving"),
+    (r"(itl|inter_token_latency)\w*|((decode|prefill)_)?(step|iteration|forward|iter)(_(time|latency))\w*", "step"),
+    (r"(tbo|dbo|two_batch_overlap|dual_batch_overlap)_\w*(gain|speedup|improvement)\w*", "tbo gain"),
+    (r"eplb_\w*(gain|speedup|improvement)\w*", "eplb gain"),
+    (r"mtp_\w*(gain|speedup|improvement)\w*", "mtp gain"),
+    (r"(?!per_expert).*(balancedness|max_over_mean|imbalance).*", "balance"),
+    (r"per_expert_max_over_mean\w*", "popularity"),
+    (r"(fp8|bf16|fp4|gemm)_tflops", "product"),
 )
+_THROUGHPUT = r"throughput|tokens?_per_s|tok_s|tps|tgs"
 
 
 def kind_of(record: Record) -> str:
     """The kind of record, by its metric and what it is about."""
-    metric, unit = record["metric"].lower(), str(record.get("unit", "")).lower()
-    if "throughput" in metric and re.search(r"tok\w*\s*/\s*s|tok\w* per s|tps", unit):
+    metric, unit = metric_of(record), str(record.get("unit", "")).lower()
+    if re.search(_THROUGHPUT, metric) and re.search(r"tok\w*\s*/\s*s|tok\w* per s|tps|req\w*\s*/\s*s", unit):
         return "throughput"
-    if metric == "latency" and record.get("model") == "nccl":
+    if metric in ("latency", "time") and record.get("model") in ("nccl", "rccl"):
         return "collective"
     return next((kind for pattern, kind in _KINDS if re.fullmatch(pattern, metric)), "other")
 
@@ -72,7 +81,9 @@ def throughput(record: Record) -> Found | str:
         return "states no EP size and no number of GPUs: a throughput without its deployment"
     unit = str(record.get("unit", "")).lower()
     if record.get("concurrency") and record.get("isl") and record.get("osl") and record.get("phase") not in ("prefill", "decode"):
-        return _served(record, unit)
+        return served(record, unit)
+    if "req" in unit:
+        return "requests a second of one pool: states no users or lengths"
     ask = asked(record)
     step = ask.step()
     tokens, pool = ask.tokens, ask.costs.pool
@@ -85,41 +96,13 @@ def throughput(record: Record) -> Found | str:
     return Found(tokens / step.total_s, tokens / step.high_s, tokens / step.low_s, _sources(step, ask))
 
 
-def _served(record: Record, unit: str) -> Found | str:
-    """Tokens a second of a whole closed loop: every user's output over its time to the first token and those between the rest."""
-    ends = [serving({**record, "metric": metric}) for metric in ("ttft", "tpot")]
-    wrong = next((end for end in ends if isinstance(end, str)), None)
-    if wrong is not None:
-        return wrong
-    first, rest = (end for end in ends if isinstance(end, Found))
-    users, osl = float(record["concurrency"]), float(record["osl"])
-    counted = osl + (float(record["isl"]) if "total" in str(record["metric"]) else 0.0)
-    counted = float(record["isl"]) if "input" in str(record["metric"]) else counted
-    gpus = float(record.get("gpus") or 8)
-    shares = {"gpu": gpus, "node": gpus / 8, "user": users}
-    share = next((part for word, part in shares.items() if word in unit), 1.0)
-    value, low, high = (users * counted / (t * 1e-3 + (osl - 1) * each * 1e-3) / share for t, each in (
-        (first.value, rest.value), (first.high, rest.high), (first.low, rest.low)))
-    return Found(value, low, high, tuple(sorted({*first.sources, *rest.sources})))
-
-
 def step_time(record: Record) -> Found | str:
-    """Milliseconds between tokens of a decode pool."""
+    """Time of a step, or between the tokens of a sequence of a decode pool."""
     ask = asked(record)
     step = ask.step()
-    per = 1e3 / ask.costs.tokens_per_step
+    a_token = ask.phase == "decode" and not re.search("step|iter|forward", metric_of(record))
+    per = per_second(record, "ms") / (ask.costs.tokens_per_step if a_token else 1.0)
     return Found(step.total_s * per, step.low_s * per, step.high_s * per, _sources(step, ask))
-
-
-def tbo_gain(record: Record) -> Found | str:
-    """How much two-batch overlap adds to throughput: a ratio, or per cent where the unit says so."""
-    with_s, without_s = (asked(record, tbo=tbo).step().total_s for tbo in (True, False))
-    ratio = without_s / with_s
-    unit = str(record.get("unit", "")).lower()
-    scale = 100.0 if "%" in unit or "percent" in unit else 1.0
-    base = 1.0 if scale > 1.0 or "fraction" in unit else 0.0
-    value, low, high = ((ratio * f - base) * scale for f in (1.0, 1 / _GAIN_WIDTH, _GAIN_WIDTH))
-    return Found(value, low, high, ("calibrated",))
 
 
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -128,18 +111,24 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "other_gemm": ("attention/projections", "attention/kv_up", "attention/absorb", "moe/shared"),
     "other": ("norm", "small", "moe/permute", "moe/gate", "attention/kv_write")}
 _ONCE = ("host", "mtp", "head", "sampling", "embedding", "ffn/dense")
-# What fp8 products of 64 and 128 rows take longer in the tables than DeepGEMM says of them (its README): median of twelve.
-_QUANTISE_S = 4.3e-6
 
 
-def _products(model: ModelSpec) -> int:
-    """Dense fp8 products of one MoE layer."""
-    return (3 if model.attention.kind == "mla" else 2) + (2 if model.moe and model.moe.shared_intermediate else 0)
+def _quantised_s(ask: Asked) -> float:
+    """Seconds a layer that tables of fp8 products spend on quantising their inputs: kernels of their own in a trace."""
+    model = ask.costs.model
+    a, shared = model.attention, model.moe.shared_intermediate if model.moe else 0
+    wide = a.heads * a.v_head_dim
+    inputs = [model.hidden, a.q_lora_rank or 0, a.kv_lora_rank or 0, wide] if a.kind == "mla" else [model.hidden, wide]
+    inputs += [model.hidden, shared] if shared else []
+    rows = float(ask.batch.decode_seqs.max() * (1 + ask.costs.pool.mtp_draft_tokens) + ask.batch.prefill_tokens.max())
+    kernels = sum(1 for width in inputs if width and (ask.phase == "prefill" or width != a.kv_lora_rank))  # decode absorbs kv_b
+    return (QUANTISE_S * kernels * (2 if ask.costs.pool.tbo else 1)
+            + 3.0 * rows * sum(inputs) / ask.costs.cluster.groups[0].gpu.hbm_bytes_per_s)
 
 
 def layer(record: Record) -> Found | str:
     """Milliseconds of one MoE layer's part on a usual rank."""
-    part = re.sub(r"^(prefill|decode)_layer_time_", "", str(record["metric"]))
+    part = re.sub(r"^(prefill|decode)_layer_time_", "", metric_of(record))
     if "slow" in str(record.get("id", "")) or "unit_test" in str(record.get("id", "")):
         return "a kernel run apart or slowed on purpose, not a deployment"
     ask = asked(record)
@@ -160,7 +149,7 @@ def layer(record: Record) -> Found | str:
         value = sum(s for k, s in source.items() if k.startswith(_PARTS[part]))
         value *= usual_share(ask.costs.site) if part == "moe_gemm" and ask.phase == "prefill" else 1.0
         # a product's table times the quantisation of its input too, which traces show as a kernel of its own
-        quantised = _QUANTISE_S * _products(model) * (2 if ask.costs.pool.tbo else 1) * (ask.phase == "decode")
+        quantised = _quantised_s(ask)
         value += {"other_gemm": -quantised, "other": quantised}.get(part, 0.0)
     else:
         seen = usual if part.startswith("dispatch") and ask.phase == "decode" else ask  # a usual rank receives what is usual
@@ -172,7 +161,7 @@ def layer(record: Record) -> Found | str:
     if scaled and ask.phase == "prefill":
         value *= float(scaled[1].replace(",", "")) / ask.tokens
     width = max(0.1, step.high_s / step.total_s - 1)
-    return Found.near(value * 1e3, width, "calibrated" if part not in _PARTS else "mixed")
+    return Found.near(value * per_second(record, "ms"), width, "calibrated" if part not in _PARTS else "mixed")
 
 
 def _exchange_part(part: str, ask: Asked, parts: Mapping[str, float], hot_s: float, later_s: float) -> float | None:
@@ -192,7 +181,7 @@ def _exchange_part(part: str, ask: Asked, parts: Mapping[str, float], hot_s: flo
 
 def balance(record: Record) -> Found | str:
     """How even ranks are loaded, expected over layers: of experts in their order, or as EPLB placed them some time ago."""
-    metric = str(record["metric"]).lower()
+    metric = metric_of(record)
     model = model_named(record) if record.get("model") else model_of("deepseek-v3")
     ranks = int(record.get("ep") or record["gpus"])
     assert model.moe is not None
@@ -216,47 +205,29 @@ def balance(record: Record) -> Found | str:
     return Found.near(value, _SKEW_WIDTH, "calibrated")
 
 
-def serving(record: Record) -> Found | str:
-    """Mean TTFT or TPOT of a closed loop, as of a row of the CSV tables; of a decode pool with a known batch, its step."""
-    backend = str(record.get("backend") or "").lower()
-    engine = next((e for e in ("sglang", "vllm") if e in backend), "trtllm" if "trt" in backend else None)
-    if record["metric"].startswith("tpot") and record.get("batch_per_gpu") and "ep" in record and "concurrency" not in record:
+def popular(record: Record) -> Found | str:
+    """The most popular expert's load over the mean, averaged over layers."""
+    model = model_named(record) if record.get("model") else model_of("deepseek-v3")
+    assert model.moe is not None
+    shares = popularity(model, _MATRIX, 0)
+    return Found.near(float(shares.max(axis=1).mean() * model.moe.experts), 3 * _SKEW_WIDTH, "calibrated")
+
+
+def latency(record: Record) -> Found | str:
+    """TTFT or TPOT: of a pool whose batch is stated, its step; else of a closed loop."""
+    metric = metric_of(record)
+    alone = "concurrency" not in record and not isinstance(record.get("prefill"), Mapping)
+    if metric.startswith(("tpot", "time_per_output")) and alone and (record.get("batch_per_gpu") or record.get("batch")):
         return step_time(record)
-    if engine is None or "isl" not in record or "osl" not in record or "concurrency" not in record:
-        return "states no engine, lengths or concurrency: not a serving test the twin can repeat"
-    texts = {"id": str(record.get("id", "")), "backend": engine, "backend_version": backend.split()[-1], "mode": "agg",
-             "model_path": str(record["model"]).split("/")[0], "system": f"{str(record['gpu']).lower()}_sxm",
-             "precision": "fp4" if "fp4" in str(record.get("precision", "")).lower() else "fp8", "gemm_quant_mode": "",
-             "moe_quant_mode": "", "silicon_data_source": ""}
-    numbers: dict[str, float] = {"isl": float(record["isl"]), "osl": float(record["osl"])}
-    if isinstance(record.get("prefill"), Mapping):
-        texts["mode"] = "disagg"
-        for role in ("prefill", "decode"):
-            _side(numbers, role, record[role])
-        side = record["decode"]
-        numbers["decode_batch_size"] = float(record["concurrency"]) / (side.get("attn_dp", 1) * side.get("workers", 1))
-    else:
-        tp, dp, ep = (int(record.get(k) or 1) for k in ("tp", "dp", "ep"))
-        numbers |= {"tp_size": tp, "attention_dp_size": dp, "moe_ep_size": ep, "moe_tp_size": max(1, tp * dp // ep),
-                    "batch_size": float(record["concurrency"]) / dp}
-    question = question_of(Row(0, texts, numbers, {}))
-    if isinstance(question, Unanswered):
-        return question.reason
-    answer = Answers().answer(question)
-    seconds = (answer.tpot_s, answer.tpot_low_s, answer.tpot_high_s) if record["metric"] == "tpot" else (
-        answer.ttft_s, answer.ttft_low_s, answer.ttft_high_s)
-    value, low, high = (s * 1e3 for s in seconds)
-    return Found(value, low, high, tuple(sorted(set(answer.sources.values()))))
-
-
-def _side(numbers: dict[str, float], role: str, side: Mapping[str, object]) -> None:
-    tp, dp, ep = (int(str(side.get(k) or 1)) for k in ("tp", "attn_dp", "ep"))
-    numbers |= {f"{role}_num_workers": float(str(side.get("workers", 1))), f"{role}_tp_size": tp, f"{role}_attention_dp_size": dp,
-                f"{role}_moe_ep_size": ep, f"{role}_moe_tp_size": max(1, tp * dp // ep), f"{role}_batch_size": 1.0}
+    if metric.startswith(("ttft", "time_to_first")) and alone and record.get("phase") == "prefill" \
+            and (record.get("batch_per_gpu") or int(record.get("ep") or 1) > 8):
+        return step_time(record)
+    return serving(record)
 
 
 ANSWERS: Mapping[str, Callable[[Record], Found | str]] = {
-    "throughput": throughput, "step": step_time, "layer": layer, "tbo gain": tbo_gain, "exchange latency": exchange_latency,
-    "exchange bandwidth": exchange_bandwidth, "logical bandwidth": logical_bandwidth, "bus bandwidth": bus_bandwidth,
-    "collective": collective,
-    "kv transfer": kv_transfer, "kv bytes": kv_bytes, "product": product_rate, "balance": balance, "serving": serving}
+    "throughput": throughput, "step": step_time, "layer": layer, "tbo gain": tbo_gain, "eplb gain": eplb_gain,
+    "mtp gain": draft_gain, "exchange latency": exchange_latency, "exchange bandwidth": exchange_bandwidth,
+    "copies bandwidth": copies_bandwidth, "logical bandwidth": logical_bandwidth, "bus bandwidth": bus_bandwidth,
+    "collective": collective, "kv transfer": kv_transfer, "kv bandwidth": kv_bandwidth, "kv bytes": kv_bytes,
+    "memory": gpu_memory, "product": product_rate, "balance": balance, "popularity": popular, "serving": latency}

@@ -15,7 +15,7 @@ from twin.cost.model import CostModel
 from twin.cost.routing import place, slot_shares
 from twin.policy.placement import Placement, slots_to_ranks
 from twin.spec.model import ModelSpec
-from twin.spec.plan import Plan, PoolPlan
+from twin.spec.plan import CommBackend, Plan, PoolPlan
 from twin.validate.record_words import (
     Record,
     cached_share,
@@ -41,6 +41,7 @@ DRIFT = {"prefill": 0.22, "decode": 0.10}
 _PROMPT, _MOST_NOISE = 3.0, 0.6
 _PREFILL_TOKENS = {"sglang": 16384.0, "vllm": 8192.0, "trtllm": 8192.0}  # a step, where a record does not say
 _DECODE_SEQS = 128.0
+_TOLD_EP = 16  # ranks from which on nobody leaves vLLM its default all-to-all
 _ASSUMED_WIDTH = 1.15  # times wider where batch, context or features are not stated
 
 
@@ -91,7 +92,7 @@ def usual_share(site: Site) -> float:
 
 def redundant_slots(experts: int, ep: int, wanted: int) -> int:
     """Redundant experts nearest to `wanted` with which all slots divide over the ranks."""
-    slots = max(round((experts + wanted) / ep), -(-experts // ep)) * ep
+    slots = max(int((experts + wanted) / ep + 0.5), -(-experts // ep)) * ep  # halves go up: nobody asks for none
     return slots - experts
 
 
@@ -140,7 +141,7 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     pool = PoolPlan(role="prefill" if phase == "prefill" else "decode", dp=dp, tp=tp, ep=ep,
                     tbo=said.tbo if tbo is None else tbo, redundant_experts=redundant,
                     placement="eplb_global" if said.eplb or said.even else "linear", mtp_draft_tokens=said.drafts,
-                    tbo_min_tokens=0,
+                    tbo_min_tokens=0, comm=_comm(engine, phase, dp, ep),
                     mtp_acceptance=said.acceptance, max_batch_tokens=1 << 17, max_num_seqs=4096)
     other = PoolPlan(role="decode" if phase == "prefill" else "prefill")
     plan = Plan(pools=(pool, other), precision=precision_of_record(record), engine=engine)  # type: ignore[arg-type]
@@ -171,10 +172,17 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     return Asked(costs, batch, seqs * costs.tokens_per_step / tp, phase, said.drafted, tuple(assumed))
 
 
+def _comm(engine: str, phase: str, dp: int, ep: int) -> CommBackend:
+    """vLLM gathers tokens from all ranks unless told otherwise, as every published deployment over several nodes is."""
+    if engine != "vllm" or dp == 1 or ep < _TOLD_EP:
+        return "auto"
+    return "deepep_normal" if phase == "prefill" else "deepep_low_latency"
+
+
 def _prefill_tokens(record: Record, engine: str, assumed: list[str]) -> float:
-    """Prompt tokens a GPU takes in one step."""
+    """Prompt tokens a DP rank takes in one step."""
     if record.get("batch_per_gpu"):
-        return number(record["batch_per_gpu"])
+        return number(record["batch_per_gpu"]) * int(record.get("tp") or 1)
     named = re.search(r"(?:TBO|[-_t])(\d+k|\d{4,5})(?![\dA-Za-z])", str(record.get("id", "")))
     if named and number(named[1]) <= 1 << 16:
         return number(named[1])

@@ -73,6 +73,8 @@ def model_named(record: Record) -> ModelSpec:
 def preset_of(record: Record) -> str:
     """The cluster preset that holds the record's GPU. Raises SpecError for one that is not known."""
     name = re.sub(r"[ _]+", "-", str(record.get("gpu") or "").lower())
+    if "nvl72" in name and "gb" not in name:
+        name = "gb200"
     for known, preset in _GPUS:
         if known in name:
             return preset
@@ -113,9 +115,21 @@ def cached_share(record: Record) -> float:
     return min(max(float(given), 0.0), 0.99)
 
 
+_ENGINES = (("vllm", r"vllm|llm-d"), ("trtllm", r"trt|tensorrt"), ("sglang", r"sglang|sgl\b|lmsys"))
+
+
 def engine_of_record(record: Record) -> str:
-    text = f"{text_of(record)} {record.get('engine', '')}".lower()
-    return "vllm" if "vllm" in text or "llm-d" in text else "trtllm" if re.search(r"trt|tensorrt", text) else "sglang"
+    """The engine that a record names, its own fields before what else it says; SGLang where it names none."""
+    for text in (f"{record.get('engine', '')} {record.get('backend', '')}".lower(), text_of(record)):
+        found = next((name for name, pattern in _ENGINES if re.search(pattern, text)), None)
+        if found is not None:
+            return found
+    return "sglang"
+
+
+def engine_stated(record: Record) -> bool:
+    """Whether anything in a record names its engine."""
+    return any(re.search(pattern, f"{record.get('engine', '')} {text_of(record)}".lower()) for _, pattern in _ENGINES)
 
 
 def ranks_of(record: Record) -> tuple[int, int, int]:
