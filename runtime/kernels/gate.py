@@ -30,9 +30,10 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     parts = min(_MAX_PARTS, triton.cdiv(hidden, _DEPTH))
     each = triton.cdiv(triton.cdiv(hidden, _DEPTH), parts) * _DEPTH
     out_STE = torch.empty(parts, tokens, experts, dtype=torch.float32, device=x_TH.device)
-    _logits_kernel[(triton.cdiv(experts, 16), triton.cdiv(tokens, 16), parts)](
-        x_TH, weight_EH, out_STE, tokens, experts, hidden, EACH=each, BLOCK=16, BLOCK_K=_DEPTH, num_warps=4, num_stages=4
-    )
+    high, wide, depth = (16, 16, _DEPTH) if tokens <= 32 else (64, 32, 128)  # many tokens read their weights too often
+    _logits_kernel[(triton.cdiv(experts, wide), triton.cdiv(tokens, high), parts)](
+        x_TH, weight_EH, out_STE, tokens, experts, hidden, EACH=each, BLOCK_T=high, BLOCK_E=wide, BLOCK_K=depth, num_warps=4,
+        num_stages=4)
     return out_STE
 
 
@@ -123,11 +124,14 @@ def norm_gate_topk(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _logits_kernel(x, w, out, tokens, experts, hidden, EACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _logits_kernel(
+    x, w, out, tokens, experts, hidden,
+    EACH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(2)
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for start in range(0, EACH, BLOCK_K):
         k = part * EACH + start + tl.arange(0, BLOCK_K)
         inside = (k < hidden)[None, :]
