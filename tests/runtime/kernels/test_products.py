@@ -45,31 +45,31 @@ def test_product(share: Share, rows: int, width: int, depth: int, device, rng, m
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("share", SHARES[:3], ids=["one", "three a processor", "whole"])
+@pytest.mark.parametrize("share", SHARES, ids=["one", "three a processor", "whole", "tma"])
 def test_product_with_activation(share: Share, device, rng, monkeypatch) -> None:
-    x, w, scale, both = operands(rng, 9, 88, 112, device)
+    x, w, scale, both = operands(rng, 9, 192, 112, device)
     gate, up = both.chunk(2, -1)
     with poisoned(monkeypatch):
         got = fp8_product_gated(x, w, scale, share)
     want = torch.nn.functional.silu(gate) * up
-    assert got.data.shape == (9, 44)
+    assert got.data.shape == (9, 96)
     assert relative_error(got.data.double() * got.scale.double()[:, None], want) < max(FP8_STEP, 0.04)
     assert relative_error(got.scale, want.abs().amax(-1) / 448) < 1e-3
 
 
-@pytest.mark.parametrize("normed", [48, 30])
+@pytest.mark.parametrize("normed", [96, 32])
 def test_product_with_norm(normed: int, device, rng, monkeypatch) -> None:
     """The other columns keep their width; without any, there is nothing of them."""
-    x, w, scale, y = operands(rng, 9, 48, 112, device)
-    gain, bias = normal(rng, normed, dtype=HALF), normal(rng, 48, dtype=HALF) if normed == 30 else None
+    x, w, scale, y = operands(rng, 9, 96, 112, device)
+    gain, bias = normal(rng, normed, dtype=HALF), normal(rng, 96, dtype=HALF) if normed == 32 else None
     y = y if bias is None else y + bias.double()
     with poisoned(monkeypatch):
-        got, rest = fp8_product_normed(x, w, scale, SHARES[1], (gain.to(device), 1e-6), normed, HALF,
+        got, rest = fp8_product_normed(x, w, scale, SHARES[1], (gain.to(device), 1e-6), HALF,
                                        None if bias is None else bias.to(device))
     head = y[:, :normed]
     want = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + 1e-6) * gain.double()
     assert relative_error(got.data.double() * got.scale.double()[:, None], want) < max(FP8_STEP, 0.04)
-    assert rest.shape == (9, 48 - normed) and (normed == 48 or relative_error(rest, y[:, normed:]) < 4e-3)
+    assert rest.shape == (9, 96 - normed) and (normed == 96 or relative_error(rest, y[:, normed:]) < 4e-3)
 
 
 def test_shares_fill_the_device_and_miss_nothing() -> None:
