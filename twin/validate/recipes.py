@@ -80,7 +80,6 @@ RECIPES = (
     Recipe("vllm", "minimax", _B, prompts=2),
     Recipe("vllm", "minimax", "h200", tp=(8,), expert_parallel=True),  # since 2026-03-13; the runs on four GPUs before had none
     Recipe("vllm", "kimi-k2", "b200", "fp4", since="2026-04-20", prompts=2),
-    Recipe("vllm", "kimi-k2", _B, "fp4", kv="bf16"),
     Recipe("vllm", "gpt-oss", "b200", since="2025-12-05"),
     Recipe("vllm", "gpt-oss", "b200", version="$", kv="bf16"),
 )
