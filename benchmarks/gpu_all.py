@@ -57,9 +57,9 @@ def _serve(name: str, *more: str, env: tuple[tuple[str, str], ...] = ()) -> Job:
     return Job(name, ("-m", "benchmarks.serve", *QWEN, *more, "--json", f"{{out}}/{name}.json"), 100, 300, env)
 
 
-def _slice(name: str, model: str, ep: int, redundant: int) -> Job:
+def _slice(name: str, model: str, ep: int, redundant: int, *points: str) -> Job:
     where = ("--ep", str(ep), "--redundant", str(redundant), "--rank-slice", "--precision", "fp8")
-    return _step(name, "--model", model, *where, "--batch", "128", "--context", "4096", least_s=90)
+    return _step(name, "--model", model, *where, *(points or ("--batch", "128", "--context", "4096")), least_s=60)
 
 
 def _tests(name: str, *paths: str, least_s: float, most_s: float) -> Job:
@@ -76,6 +76,12 @@ JOBS = (
     _slice("r1_ep72", "deepseek-r1", 72, 32),
     _slice("r1_ep144", "deepseek-r1", 144, 32),
     _slice("kimi_k2_ep32", "kimi-k2", 32, 0),
+    _step("qwen_points", *QWEN, "--batch", "24", "--batch", "96", "--batch", "200", "--context", "600", "--context", "3000"),
+    _slice("r1_points", "deepseek-r1", 32, 32, "--batch", "48", "--batch", "200", "--context", "1500"),
+    _slice("kimi_points", "kimi-k2", 64, 0, "--batch", "48", "--batch", "160", "--context", "2500"),
+    _step("qwen_prefill_points", *QWEN, "--phase", "prefill", "--batch", "1", "--batch", "6", "--context", "1800",
+          "--replays", "10"),
+    _step("qwen_235b_ep8", "--model", "qwen3-235b-a22b", "--ep", "8", "--rank-slice", "--batch", "64", "--context", "2000"),
     Job("profile", ("-m", "runtime.gpu_operators", "{out}/profile.json", "--budget", "{budget}"), 60, 240, again=True),
     _tests("agreement", "tests/runtime/test_agreement.py", least_s=120, most_s=420),
     Job("operators", ("benchmarks/operators.py", "--suite", "--json", "{out}/operators.json"), 60, 200),
@@ -158,10 +164,11 @@ def summary(out: Path) -> Json:
         path = out / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    for name in ("step", "small_batches", "prefill", "r1_ep32", "r1_ep72", "r1_ep144", "kimi_k2_ep32"):
+    for name in [job.name for job in JOBS if "benchmarks.step" in job.command]:
         for row in (read(name) or {"rows": []})["rows"]:
             both = {k: v for k, v in row.get("variants", {}).items() if k != "parts"}
-            found[f"{name} batch {row['batch']}"] = {k: row[k] for k in ("step_s", "tokens_per_s", "roofline_share")} | both
+            key = f"{name} batch {row['batch']} context {row['context']}"
+            found[key] = {k: row[k] for k in ("step_s", "tokens_per_s", "roofline_share")} | both
     for name in ("serve", "serve_expandable", "serve_cold", "azure"):
         if (served := read(name)) is not None:
             keys = ("output_tokens_per_s", "wall_s", "ready_s", "prefill_steps_s", "compiles_after_start", "device_allocs")

@@ -114,7 +114,7 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
 
     seconds, tried = _faster(transformer, batch, replayed)
     runner.run(segments)
-    kernels = kernel_seconds(runner, batch)
+    kernels = kernel_seconds(lambda: runner.again(batch))
     parts = _parts(bench, runner, segments)
     rows = sum(comm.rows) if isinstance(comm, SliceComm) else batch * (bench.model.moe.top_k if bench.model.moe else 0)
     rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
@@ -159,10 +159,11 @@ def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: in
     torch.cuda.synchronize()
     parts = bench.phases.seconds()
     bench.phases.listening = False
+    kernels = kernel_seconds(once)
     tokens = batch * length
     rows = tokens * (bench.model.moe.top_k if bench.model.moe else 0) * bench.model.moe_layers
     load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, rows)
-    return _row(bench, "prefill", batch, length, tokens, seconds, parts, load, rates)
+    return {**_row(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "kernels_s": kernels}
 
 
 def _between(call: Callable[[], object], replays: int) -> list[float]:
@@ -193,10 +194,10 @@ def _parts(bench: Bench, runner: DecodeRunner, segments: list[Segment]) -> dict[
     return {name: statistics.median(parts[name] for parts in found) for name in found[0]}
 
 
-def kernel_seconds(runner: DecodeRunner, n: int) -> dict[str, list[float]]:
-    """(seconds, launches) by kernel of one replay, as the profiler saw them, longest first."""
+def kernel_seconds(call: Callable[[], object]) -> dict[str, list[float]]:
+    """(seconds, launches) by kernel of one step, as the profiler saw them, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        runner.again(n)
+        call()
         torch.cuda.synchronize()
     rows = {event.key[:70]: [event.self_device_time_total / 1e6, event.count] for event in profile.key_averages()}
     return dict(sorted(rows.items(), key=lambda item: -item[1][0])[:24])

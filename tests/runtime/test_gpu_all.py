@@ -72,7 +72,7 @@ def test_every_job_is_a_command_that_exists(one: Job, capsys: pytest.CaptureFixt
 
 def test_the_summary_reads_what_is_there(tmp_path: Path) -> None:
     assert summary(tmp_path) == {}
-    rows = [{"batch": 256, "step_s": 0.02, "tokens_per_s": 10_000.0, "roofline_share": 0.8,
+    rows = [{"batch": 256, "context": 1024, "step_s": 0.02, "tokens_per_s": 10_000.0, "roofline_share": 0.8,
              "variants": {"plain_s": 0.02, "fused_s": 0.03, "serves": "plain", "parts": [1]}}]
     (tmp_path / "step.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "prefill.json").write_text(json.dumps({"rows": [{**rows[0], "tokens_per_s": 50_000.0}]}))
@@ -82,8 +82,8 @@ def test_the_summary_reads_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "kernels.xml").write_text('<testsuites><testsuite tests="3" failures="1" errors="0" skipped="2"/></testsuites>')
     found = summary(tmp_path)
     assert found["azure against steady state"] == {"implied_s": 8.0, "share": 0.8}
-    assert found["kernels"]["failures"] == 1 and found["step batch 256"]["fused_s"] == 0.03
-    assert "parts" not in found["step batch 256"]
+    assert found["kernels"]["failures"] == 1 and found["step batch 256 context 1024"]["fused_s"] == 0.03
+    assert "parts" not in found["step batch 256 context 1024"]
     assert implied(azure, None, None) == {}
 
 
