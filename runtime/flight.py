@@ -52,7 +52,8 @@ class Stream:
 @dataclass
 class Flight:
     """`state`: entry (waits, prefills or, in a mixed pool, decodes at `entry`), asking (the decoder for blocks), moving
-    (KV under way), decode. Times on the machine's monotonic clock. `strikes` counts steps that failed with it in them."""
+    (KV under way), decode. `aim`: the decoder that was asked for room before the prompt was done; `moves`: KV is under way to it;
+    `landed`: all of it is there. Times on the machine's monotonic clock. `strikes` counts steps that failed with it in them."""
 
     request_id: int
     prompt: list[int]
@@ -63,6 +64,9 @@ class Flight:
     arrival: float
     state: str = "entry"
     decoder: Target | None = None
+    aim: Target | None = None
+    moves: bool = False
+    landed: bool = False
     output: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     prefill_start: float | None = None
@@ -91,7 +95,8 @@ class Flight:
 
     def start_over(self, entry: Target) -> None:
         """Begin again at `entry`, from the tokens that there are; what was computed of them is lost."""
-        self.state, self.entry, self.decoder = "entry", entry, None
+        self.state, self.entry, self.decoder, self.aim = "entry", entry, None, None
+        self.moves = self.landed = False
         self.source_blocks, self.transfer = [], None
         self.pending.clear()
         move_load(self, None, entry)
@@ -117,49 +122,83 @@ class Handovers:
         """Nothing is on its way any more; go on among other targets."""
         self._targets = targets
 
+    def starts(self, flight: Flight, blocks: list[int]) -> None:
+        """The first part of a prompt is being computed: ask a decode rank for room already."""
+        flight.aim, flight.source_blocks = self._targets.choose_decoder(len(flight.prompt)), blocks
+        self._ask(flight, flight.aim, early=True)
+
     def begin(self, flight: Flight, blocks: list[int]) -> None:
-        """The prompt is computed and held at the entry: ask a decode rank for room."""
-        flight.decoder = self._targets.choose_decoder(len(flight.prompt))
-        flight.state, flight.source_blocks = "asking", blocks
+        """The prompt is computed and held at the entry: ask a decode rank for room, if none was asked."""
+        asked = flight.aim is not None
+        flight.decoder = flight.aim or self._targets.choose_decoder(len(flight.prompt))
+        flight.state, flight.source_blocks = "moving" if flight.moves else "asking", blocks
         move_load(flight, flight.entry, flight.decoder)
-        self._send(flight.decoder.leader, flight.message("reserve", wake=self._wake(flight.decoder)))
+        if not asked:
+            self._ask(flight, flight.decoder, early=False)
+        elif flight.landed:
+            self._activate(flight, flight.decoder)
+
+    def _ask(self, flight: Flight, decoder: Target, *, early: bool) -> None:
+        self._send(decoder.leader, flight.message("reserve", wake=self._wake(decoder), early=early))
 
     def reserved(self, flight: Flight, blocks: list[int]) -> None:
         """The decode rank has room: tell every rank on both sides what to move."""
-        if flight.state != "asking" or flight.decoder is None:
+        decoder = flight.decoder or flight.aim
+        if flight.moves or decoder is None:
             return
-        source, target = flight.entry.tp_ranks, flight.decoder.tp_ranks
-        flight.state = "moving"
+        source, target, early = flight.entry.tp_ranks, decoder.tp_ranks, flight.aim is not None
+        flight.moves, flight.state = True, "moving" if flight.state == "asking" else flight.state
         self._tag += 1
         plans: dict[tuple[str, int], list[list[int]]] = {}
         for route in kv_routes(self._model, len(source), len(target)):
             plans.setdefault(("sent", source[route.source]), []).append([target[route.target], *route.source_heads])
             plans.setdefault(("received", target[route.target]), []).append([source[route.source], *route.target_heads])
         flight.pending = set(plans)
+        tokens = flight.known_tokens + (flight.state == "entry")  # the newest is not drawn yet
         for (side, rank), routes in plans.items():
             self._send(rank, {"op": "send_kv" if side == "sent" else "receive_kv", "id": flight.request_id, "tag": self._tag,
-                              "tokens": flight.known_tokens, "routes": routes,
+                              "tokens": tokens, "routes": routes, "early": early,
                               "blocks": flight.source_blocks if side == "sent" else blocks})
 
     def progressed(self, flight: Flight, message: dict[str, Any]) -> bool:
-        """One rank has sent or received its part. True when a cancelled request has no more to wait for."""
+        """One rank has sent or received its part. True when a request that ended has no more to wait for."""
         event = message["ev"]
         flight.pending.discard((event, message["rank"]))
         if event == "received":
             began = min(message["start"], flight.transfer[0]) if flight.transfer else message["start"]
             flight.transfer = (began, message["end"])
             self.moved_bytes += message["bytes"]
-        decoder = flight.decoder
+        decoder = flight.decoder or flight.aim
         assert decoder is not None
         if not any(side == event for side, _ in flight.pending):
             if event == "sent":
                 self._send(flight.entry.leader, {"op": "release", "id": flight.request_id, "wake": self._wake(flight.entry)})
-            elif flight.cancelled:
-                self._send(decoder.leader, {"op": "cancel", "id": flight.request_id, "wake": self._wake(decoder)})
+            elif flight.finish_reason is None and flight.state == "moving":
+                self._activate(flight, decoder)
             else:
-                flight.state = "decode"
-                self._send(decoder.leader, {"op": "activate", "id": flight.request_id, "wake": self._wake(decoder)})
-        return flight.cancelled and not flight.pending
+                flight.landed = True
+        if flight.finish_reason is None or flight.pending:
+            return False
+        self._cancel(flight, decoder)
+        return True
+
+    def cancel(self, flight: Flight) -> bool:
+        """Tell who works on it, or keeps room for it; False where blocks in transfer are freed when both sides are done with
+        them."""
+        if flight.pending:
+            return False
+        self._cancel(flight, flight.at)
+        other = flight.decoder if flight.state == "asking" else flight.aim if flight.state == "entry" else None
+        if other is not None:
+            self._cancel(flight, other)
+        return True
+
+    def _cancel(self, flight: Flight, target: Target) -> None:
+        self._send(target.leader, {"op": "cancel", "id": flight.request_id, "wake": self._wake(target)})
+
+    def _activate(self, flight: Flight, decoder: Target) -> None:
+        flight.state = "decode"
+        self._send(decoder.leader, flight.message("activate", wake=self._wake(decoder)))
 
 
 def move_load(flight: Flight, source: Target | None, target: Target | None) -> None:

@@ -182,12 +182,8 @@ class Frontend:
         if self._recovering is not None:  # nobody works on it
             self._end(flight)
             return True
-        if flight.state == "moving":  # blocks in transfer are freed when both sides are done with them
-            return True
-        places = [flight.at] if flight.state != "asking" or flight.decoder is None else [flight.entry, flight.decoder]
-        for place in places:
-            self._send(place.leader, {"op": "cancel", "id": request_id, "wake": self._wake(place)})
-        self._end(flight)
+        if self._handovers.cancel(flight):
+            self._end(flight)
         return True
 
     def stats(self) -> FrontendStats:
@@ -223,9 +219,9 @@ class Frontend:
 
     def _add(self, flight: Flight) -> None:
         """Give a request to its entry, with the tokens that it has."""
-        more = flight.params.max_tokens - len(flight.output) > 1
-        self._send(flight.entry.leader, flight.message("add", wake=self._wake(flight.entry),
-                                                       hands_over=self.plan.separated and more))
+        hands_over = self.plan.separated and flight.params.max_tokens - len(flight.output) > 1
+        early = hands_over and self.options.kv_send in ("chunk", "layer")
+        self._send(flight.entry.leader, flight.message("add", wake=self._wake(flight.entry), hands_over=hands_over, early=early))
 
     def _send(self, rank: int, message: Message) -> None:
         self._send_seat(self.formation.seats[rank], message)
@@ -292,9 +288,11 @@ class Frontend:
         if event == "refused":
             flight.stream.push(SpecError(message["error"]))
             self._end(flight)
+        elif event == "starts":
+            self._handovers.starts(flight, message["blocks"])
         elif event == "reserved":
             self._handovers.reserved(flight, message["blocks"])
-        elif self._handovers.progressed(flight, message) or (flight.finish_reason and not flight.pending):
+        elif self._handovers.progressed(flight, message):
             self._end(flight)
 
     def _hear_step(self, target: Target, message: Message) -> None:
@@ -317,10 +315,12 @@ class Frontend:
             self._recovery.progressed()
             self._suspects.clear(flight)
             if reason is not None and not flight.pending:
+                if flight.state == "entry" and flight.aim is not None:  # what is held for a transfer that never began
+                    self._handovers.cancel(flight)
                 self._end(flight)
         for request_id, blocks in message.get("handover", ()):
             flight = self._flights.get(request_id)
-            if flight is not None and not flight.cancelled:
+            if flight is not None and flight.finish_reason is None:
                 self._handovers.begin(flight, blocks)
         if "record" in message:
             self.steps.append({**message["record"], "pool": target.pool, "instance": target.instance, "dp_rank": target.dp_rank,

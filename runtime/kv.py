@@ -63,18 +63,21 @@ def kv_routes(model: ModelSpec, source_tp: int, target_tp: int) -> list[Route]:
     return routes
 
 
-def read_kv(cache: torch.Tensor, blocks: Sequence[int], tokens: int, heads: Range) -> torch.Tensor:
-    """The first `tokens` tokens of a table, contiguous: [tokens, X] or [tokens, 2, heads, D]."""
-    found = cache[torch.tensor(blocks, device=cache.device)]
-    if cache.dim() == 3:
-        return found.flatten(0, 1)[:tokens].contiguous()
-    return found.transpose(1, 2).flatten(0, 1)[:tokens, :, heads[0]:heads[1]].contiguous()
-
-
-def write_kv(cache: torch.Tensor, blocks: Sequence[int], values: torch.Tensor, heads: Range) -> None:
-    """The inverse of `read_kv`, at this side's blocks and heads; the block sizes may differ."""
+def read_kv(cache: torch.Tensor, blocks: Sequence[int], tokens: Range, heads: Range) -> torch.Tensor:
+    """Tokens [first, last) of a table, contiguous: [tokens, X] or [tokens, 2, heads, D]."""
     bt = cache.shape[1 if cache.dim() == 3 else 2]
-    at = torch.arange(len(values), device=cache.device)
+    skipped = tokens[0] // bt
+    found = cache[torch.tensor(blocks[skipped:-(-tokens[1] // bt)], device=cache.device)]
+    first, last = tokens[0] - skipped * bt, tokens[1] - skipped * bt
+    if cache.dim() == 3:
+        return found.flatten(0, 1)[first:last].contiguous()
+    return found.transpose(1, 2).flatten(0, 1)[first:last, :, heads[0]:heads[1]].contiguous()
+
+
+def write_kv(cache: torch.Tensor, blocks: Sequence[int], values: torch.Tensor, heads: Range, first: int = 0) -> None:
+    """The inverse of `read_kv`, from token `first`, at this side's blocks and heads; the block sizes may differ."""
+    bt = cache.shape[1 if cache.dim() == 3 else 2]
+    at = torch.arange(first, first + len(values), device=cache.device)
     block = torch.tensor(blocks, device=cache.device)[at // bt]
     if cache.dim() == 3:
         cache[block, at % bt] = values

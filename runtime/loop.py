@@ -93,6 +93,8 @@ class StepLoop:
         """End what runs beside the steps; the formation is over."""
         if self._rebalancer is not None:
             self._rebalancer.close()
+        if self.rank.progress is not None:
+            self.rank.progress.close()
 
     def _hear(self, message: Message) -> None:
         op = message["op"]
@@ -141,6 +143,8 @@ class StepLoop:
         self.clock.point("prefill" if any(s.is_prefill for s in segments) else "decode")
         if self._drafter is not None:
             segments = self._drafter.extend(segments, owners, agreed.passes, agreed.capacity)
+        if self._desk is not None:
+            self._desk.tell_starts(plan)
         logits, greedy, states = self._forward(segments, agreed)
         taken = None
         if self._desk is not None and not plan.is_empty:
@@ -150,6 +154,8 @@ class StepLoop:
             taken = self._desk.take(segments, owners, found)
         if self._drafter is not None and states is not None:
             self._drafter.follow(segments, owners, states, agreed.capacity)
+        if self.rank.progress is not None:
+            self.rank.progress.end()
         if self._desk is not None and taken is not None:
             record = self._step_record(plan, segments)
             self.clock.mark("book")
@@ -195,6 +201,8 @@ class StepLoop:
             return drawn.logits, drawn.tokens, drawn.states
         overlaps = pool.tbo and agreed.tokens >= pool.tbo_min_tokens
         steps = [make_step(part, pool.block_tokens, rank.device) for part in (halve(segments) if overlaps else [segments])]
+        if rank.progress is not None:
+            rank.progress.begin(segments, len(steps))
         with torch.inference_mode():
             if not overlaps and rank.mtp is None:
                 return model.forward(steps[0], rank.kv, agreed.capacity), None, None
@@ -270,6 +278,14 @@ class Desk:
             return request.lookup.propose(request.tokens, count)
         return [request.draft] + [0] * (count - 1) if request.draft >= 0 else []  # the further ones are yet to be drafted
 
+    def tell_starts(self, plan: StepPlan) -> None:
+        """Name the prompts that begin now, whose KV is to leave while the rest of them is computed, and their blocks."""
+        for chunk in plan.prefill:
+            request = self._requests[chunk.request_id]
+            if request.early and not request.told and not chunk.is_last:
+                request.told = True
+                self.control.send({"ev": "starts", "id": chunk.request_id, "blocks": self.blocks.table(chunk.request_id)})
+
     def take(self, segments: list[Segment], owners: list[LiveRequest], found: list[list[int]]) -> Taken:
         """Give every request its new tokens, up to one that ends it."""
         taken = Taken()
@@ -284,7 +300,7 @@ class Desk:
                 taken.count(len(segment.token_ids) - 1, len(tokens) - 1)
             if reason == "stop":
                 taken.stopped.add(request.request_id)
-            if given and reason is None and request.hands_over:
+            if given and request.hands_over and (reason is None or request.told):  # what was told of may be on its way
                 taken.hold.add(request.request_id)
         return taken
 
@@ -349,13 +365,15 @@ class Desk:
         """Reserve blocks for KV that wants to come, first come first served, while a place in the batch is in sight."""
         for request_id, request in list(self._asking.items()):
             here = self.scheduler.num_running + self.scheduler.num_waiting + len(self._landing)
-            if here >= self._max_seqs or not self.blocks.reserve(request_id, len(request.tokens)):
+            tokens = len(request.tokens) + request.early  # the next one's as well, where it is not drawn yet
+            if here >= self._max_seqs or not self.blocks.reserve(request_id, tokens):
                 return
             self._landing[request_id] = self._asking.pop(request_id)
             self.control.send({"ev": "reserved", "id": request_id, "blocks": self.blocks.table(request_id)})
 
     def _activate(self, message: Message) -> None:
-        request = self._landing.pop(message["id"])
+        request = LiveRequest.of(message)  # by now with the newest token
+        del self._landing[request.request_id]
         self.scheduler.add(request.request_id, request.prompt_len, request.params.max_tokens,
                            computed_tokens=len(request.tokens) - 1, generated_tokens=request.generated)
         self._requests[request.request_id] = request

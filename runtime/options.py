@@ -13,6 +13,7 @@ from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
 from twin.spec.rundir import write_text
+from twin.spec.scenario import KvSend
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class EngineOptions:
     `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
     graphs where one rank is the whole instance or its ranks exchange tokens by symmetric memory. `warm_up` takes steps before
     the first request that compile every kernel (`runtime.warmup`); `tune` times kernels for small decode steps (`runtime.tune`).
-    `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
+    `kv_send` is what of a prompt's KV leaves a prefill rank before the prompt is done: nothing (prompt, engine), all chunks but
+    the last (chunk), all layers of it but the last as well (layer). `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
     """
 
     checkpoint: str | None = None
@@ -48,6 +50,7 @@ class EngineOptions:
     threads: int | None = None
     max_context: int | None = None
     record: bool = False
+    kv_send: KvSend = "engine"
     external: str | None = None
 
     def __post_init__(self) -> None:

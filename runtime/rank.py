@@ -23,6 +23,7 @@ from runtime.model.params import rank_params, with_mtp
 from runtime.model.transformer import Mark, Rig, Transformer
 from runtime.ops import ops_for
 from runtime.options import EngineOptions
+from runtime.progress import Progress
 from runtime.quantise import quantise
 from runtime.speculate import uses_mtp
 from runtime.warmup import warm_up
@@ -56,7 +57,8 @@ class Groups:
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
     steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
-    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`)."""
+    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`); `progress` is there where
+    KV leaves while its prompt is computed."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -74,6 +76,7 @@ class Rank:
     decode: DecodeRunner | None = None
     mtp: Mtp | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
+    progress: Progress | None = None
 
     def keep(self) -> Kept | None:
         """Its weights for another formation; None where they are not as they were loaded (fp8)."""
@@ -116,7 +119,9 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
                           placement=placement, kept=kept)
     params = quantise(params) if options.weights == "fp8" else params
     most = pool.max_num_seqs * (1 + pool.mtp_draft_tokens)
-    rig = Rig(ops_for(options.backend), tensor_group(model, pool, groups.tp, options, device, most), experts, mark)
+    progress = Progress() if pool.role == "prefill" and options.kv_send in ("chunk", "layer") else None
+    rig = Rig(ops_for(options.backend), tensor_group(model, pool, groups.tp, options, device, most), experts, mark,
+              progress.layer if progress is not None and options.kv_send == "layer" else None)
     transformer = Transformer(model, at, params, rig, placement)
     blocks = _kv_blocks(cached, pool, at, options, device, groups.control, len(everyone))
     cap = options.max_context or model.max_context
@@ -140,7 +145,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
                               halve_from=pool.tbo_min_tokens if pool.tbo else None)
         prepared = _capture(decode, options.tune, alone=at.world == 1)
     built = Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
-                 placement, decode, Mtp(transformer, params, placement) if mtp else None, prepared)
+                 placement, decode, Mtp(transformer, params, placement) if mtp else None, prepared, progress)
     if device.type == "cuda" and options.backend == "triton" and options.warm_up:
         mark("warm-up")
         prepared["warm_up"] = warm_up(built)

@@ -18,7 +18,8 @@ from twin.policy.steps import StepPlan
 
 @dataclass
 class LiveRequest:
-    """`tokens` are prompt and output so far. `hands_over`: its KV goes to a decode instance after the first token. `draft`
+    """`tokens` are prompt and output so far. `hands_over`: its KV goes to a decode instance after the first token; `early`: parts
+    of it before, if the prompt is long enough, which `told` says has been said. `draft`
     is the MTP module's guess of the next token, -1 if there is none, and `draft_row` its state's row (`MtpDrafter`)."""
 
     request_id: int
@@ -28,6 +29,8 @@ class LiveRequest:
     seed: int
     hands_over: bool
     stops: frozenset[int] = field(default_factory=frozenset)
+    early: bool = False
+    told: bool = False
     began: bool = False
     ended: bool = False
     draft: int = -1
@@ -39,7 +42,8 @@ class LiveRequest:
         """From an `add`, `reserve` or `activate` message."""
         params = SamplingParams(**{**message["params"], "stop_token_ids": tuple(message["params"]["stop_token_ids"])})
         return cls(message["id"], message["tokens"], message["prompt_len"], params, message["seed"],
-                   message.get("hands_over", False), frozenset() if params.ignore_eos else frozenset(params.stop_token_ids))
+                   message.get("hands_over", False), frozenset() if params.ignore_eos else frozenset(params.stop_token_ids),
+                   message.get("early", False))
 
     @property
     def generated(self) -> int:

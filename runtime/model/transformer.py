@@ -42,12 +42,13 @@ gives (what is yet to be added, the residual stream) [T, H] each; None where not
 
 @dataclass(frozen=True)
 class Rig:
-    """What a model runs with: operators, groups, the expert backend, and who is told of phases."""
+    """What a model runs with: operators, groups, the expert backend, who is told of phases, and of layers whose KV is stored."""
 
     ops: TorchOps
     tp: TensorGroup
     experts: ExpertComm
     mark: Mark = lambda phase: None
+    stored: Callable[[int], None] | None = None
 
     @cached_property
     def exchange(self) -> Overlap:
@@ -99,8 +100,10 @@ class Transformer:
         """All layers, layer by layer."""
         self.rig.mark("embed")
         x_TH, stream_TH = None, self.embed(step.token_ids_T)
-        for layer, cache in zip(self.layers, kv, strict=False):  # a cache more may belong to an MTP module
+        for i, (layer, cache) in enumerate(zip(self.layers, kv, strict=False)):  # a cache more may belong to an MTP module
             x_TH, stream_TH = yield from layer.stages(self.rig, x_TH, stream_TH, step, cache, self.angles_PA, capacity)
+            if self.rig.stored is not None:
+                self.rig.stored(i)
         return x_TH, stream_TH
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:

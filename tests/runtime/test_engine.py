@@ -85,23 +85,29 @@ def drawn_alone(made: Checkpoint) -> list[list[int]]:
     return [draw_alone(made.model, plan, str(made.folder), made.prompts[i], p) for i, p in enumerate(SAMPLED)]
 
 
-def test_separated_pools_of_unlike_shape(checkpoints: Checkpoints) -> None:
-    """GQA prefill on TP 2 with EP 2, decode on DP 2 with EP 2: same tokens, every byte accounted for, no block lost."""
+@pytest.mark.parametrize("kv_send", ["engine", pytest.param("chunk", marks=pytest.mark.slow), "layer"])
+def test_separated_pools_of_unlike_shape(checkpoints: Checkpoints, kv_send: str) -> None:
+    """GQA prefill on TP 2 with EP 2, decode on DP 2 with EP 2: same tokens, every byte accounted for, no block lost, whatever
+    of a prompt leaves before it is done."""
     made = checkpoints["qwen3_moe"]
-    plan = plan_of({"role": "prefill", "tp": 2, "ep": 2}, {"role": "decode", "dp": 2, "ep": 2})
+    chunk = {} if kv_send == "engine" else {"chunk_tokens": 3}
+    plan = plan_of({"role": "prefill", "tp": 2, "ep": 2, **chunk}, {"role": "decode", "dp": 2, "ep": 2})
     draws = drawn_alone(made)
 
     async def work(frontend: Frontend) -> None:
+        asked, starts = [], frontend._handovers.starts
+        frontend._handovers.starts = lambda flight, blocks: (asked.append(flight.prompt), starts(flight, blocks))
         outputs = await asyncio.gather(*(tokens_of(frontend, p, GREEDY) for p in made.prompts))
         assert list(outputs) == made.tokens
         await all_quiet(frontend)
+        assert all(len(p) > 1 for p in asked) and bool(asked) == (kv_send != "engine"), "room is asked for early"
         kept = sum(len(p) for p in made.prompts)
         assert frontend.stats().kv_transfer_bytes == kept * made.model.kv_bytes_per_token("fp32")
         await cancelled_everywhere(frontend, made)
         assert await sampled(frontend, made) == draws, "sampling must not depend on cut or batch"
         await killed(frontend, made, rank=3)
 
-    with_engine(made, plan, work)
+    with_engine(made, plan, work, kv_send=kv_send)
 
 
 async def cancelled_everywhere(frontend: Frontend, made: Checkpoint) -> None:

@@ -60,11 +60,12 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
-def test_two_ranks_decode_in_graphs(shared: object) -> None:
-    """Five requests over two ranks: sizes differ, one rank is idle in the end. Rows are padded in graphs, which in bf16 may turn
-    a near tie, after which all differs: the first tokens are the same, and many others."""
+@pytest.mark.parametrize("cut", [{}, {"dp": 1, "tp": 2}, {"tbo": True, "tbo_min_tokens": 2}], ids=str)
+def test_two_ranks_decode_in_graphs(shared: object, cut: dict[str, object]) -> None:
+    """Five requests over two ranks: sizes differ, one rank is idle in the end; or two TP ranks; or steps in halves. Rows are
+    padded in graphs, which in bf16 may turn a near tie, after which all differs: first tokens are the same, and many others."""
     options = {"backend": "triton", "dtype": "bf16"}
-    plan = Plan(pools=(PoolPlan(**POOL),))
+    plan = Plan(pools=(PoolPlan(**{**POOL, **cut}),))
     captured, tokens = run(plan, 5, **options)
     plain, wanted = run(plan, 5, graphs=False, **options)
     assert any("graph" in step["parts"] for step in captured.steps)

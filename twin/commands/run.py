@@ -83,7 +83,7 @@ def run(
     plan = stated_plan(question, plan_file)
     options = engine_options(
         device=device, dtype=dtype, checkpoint=checkpoint, timeout_s=timeout_s, seed=question.seed, recover=recover,
-        record_routing=str(record_routing) if record_routing else None,
+        record_routing=str(record_routing) if record_routing else None, kv_send=question.kv_send,
     )  # fmt: skip
     predicted, measured = execute(question, plan, out, options)
     if as_json:
@@ -113,7 +113,7 @@ def execute(
     """(prediction, measurement) of one plan; both and their comparison go to `out` when both are whole. `options` are the
     engine's; default: those of this question on a CPU."""
     answer = simulate(question, plan)
-    options = options or engine_options(seed=question.seed)
+    options = options or engine_options(seed=question.seed, kv_send=question.kv_send)
     progress = Progress()
     done = importlib.import_module("runtime.offline").run_workload(
         plan, question.model, question.workload, options, seed=question.seed, name=plan.name, cluster=question.cluster.name,
