@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -56,6 +56,18 @@ class Site:
         """Whether tokens travel to experts. Under TP alone all ranks hold all tokens: engines that keep them so sum the
         experts' partial results in the all-reduce instead."""
         return self.pool.dp > 1 or (self.pool.ep > 1 and not self.engine.tp_reduces_experts)
+
+    @cached_property
+    def share_LS(self) -> Array:
+        """Share of the pairs by slot, as the engine uses replicas: [L, S]."""
+        assert self.popularity_LE is not None and self.placement is not None
+        return slot_shares(self.popularity_LE, self.placement, split=self.engine.splits_replicas)
+
+    @property
+    def share_LR(self) -> Array:
+        """Share of the pairs by EP rank: [L, R]."""
+        assert self.placement is not None
+        return slots_to_ranks(self.share_LS, self.placement)
 
     @property
     def wide(self) -> bool:
@@ -123,7 +135,8 @@ def build_shared(site: Site) -> Shared:
         return Shared(None, ())
     assert site.popularity_LE is not None and site.placement is not None
     names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
-    work = expert_work(model, site.placement, site.popularity_LE)
+    splits = site.engine.splits_replicas and site.pool.ep > 1
+    work = expert_work(model, site.placement, site.popularity_LE, site.share_LS if splits else None, site.pool.world)
     if site.alone:
         return Shared(replace(work, pairs_max=work.pairs_mean), ())
     found = [(name, exchange) for name, exchange in zip(names, exchanges(site), strict=True) if exchange is not None]
@@ -281,7 +294,7 @@ def _skews(site: Site, domain_of_ep: Ints, domains: int) -> tuple[float, float]:
     if len(site.popularity_LE) == 1:
         return 1.0, 1.0
     k = site.model.moe.top_k
-    share_LR = slots_to_ranks(slot_shares(site.popularity_LE, site.placement), site.placement)
+    share_LR = site.share_LR
     share_LN = np.stack([share_LR[:, domain_of_ep == n].sum(axis=1) for n in range(domains)], axis=1)
 
     def excess(share: Array) -> float:

@@ -31,8 +31,10 @@ class Engine:
     the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while the other half batch
     communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks arrive at an exchange, which
     all wait for the last of, late_share the same as part of what each computes (clocks and loads differ); tbo_staggered:
-    halves of a decode step run two stages apart (`overlap.py`); mla_prefill: which rows of a profile describe its latent
-    attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
+    halves of a decode step run two stages apart (`overlap.py`); splits_replicas: tokens go to an expert's replicas so that
+    ranks are even batch by batch (`twin.policy.replica_split`), else replicas are used alike; mla_prefill: which rows of a
+    profile describe its latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not
+    serve prompts with);
     draft_seq_host_s: more host seconds per running sequence of a step that verifies drafts, where the engine's scheduler does
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
@@ -71,6 +73,7 @@ class Engine:
     collectives_scale: float = 1.0
     late_share: float = 0.0
     tbo_staggered: bool = False
+    splits_replicas: bool = False
 
     def graphs(self, most: int, drafts: int) -> tuple[int, ...]:
         """Rows that graphs exist for in a pool that decodes at most `most` sequences of 1 + `drafts` rows a step. SGLang and
@@ -96,7 +99,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            graph_sizes=(), memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False, tp_reduces_experts=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
-           tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel",
+           tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel", splits_replicas=True,
            note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's; a served decode step of 128 sequences "
                 "takes 2.0 to 2.5 ms longer than its graph there, taken as 0.3 and 15 us a sequence; the rest assumed"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,

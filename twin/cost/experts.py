@@ -17,7 +17,7 @@ from twin.cost.local_experts import ENGINES as LOCAL_ENGINES
 from twin.cost.local_experts import LOCAL
 from twin.cost.measured import Evidence, evidence_of
 from twin.cost.roofline import Efficiency, activation_bytes, bytes_of, peak_flop_per_s
-from twin.cost.routing import expected_max, load_variance, slot_shares
+from twin.cost.routing import expected_max, load_variance, slot_shares, split_variance
 from twin.policy.placement import Placement, slots_to_ranks
 from twin.spec.cluster import GpuSpec
 from twin.spec.model import ModelSpec
@@ -46,21 +46,26 @@ class ExpertWork:
         return np.asarray(np.exp(np.interp(np.log(np.maximum(tokens, 1e-9)), np.log(self.tokens), np.log(column))))
 
 
-def expert_work(model: ModelSpec, placement: Placement, popularity_LE: Array) -> ExpertWork:
+def expert_work(model: ModelSpec, placement: Placement, popularity_LE: Array, share_LS: Array | None = None,
+                senders: int = 0) -> ExpertWork:
     """Pairs and experts hit over the token grid, averaged over layers.
 
     A slot that takes part `s` of a token's k choices stays idle through N tokens with chance (1 - k s)^N. The fullest
-    rank's pairs are the expected maximum over ranks: uneven popularity and the noise of sampling together.
+    rank's pairs are the expected maximum over ranks: uneven popularity and the noise of sampling together. `share_LS`: how
+    replicas share where they are not used alike; `senders` ranks then even out the noise of their batches too.
     """
     moe = model.moe
     assert moe is not None
-    share_LS = slot_shares(popularity_LE, placement)
+    splits = share_LS is not None and placement.num_slots > placement.num_experts
+    share_LS = slot_shares(popularity_LE, placement) if share_LS is None else share_LS
     share_LR = slots_to_ranks(share_LS, placement)
     ranks = placement.num_ranks
     grid = _TOKENS if len(share_LS) == 1 else _COARSE
     tokens = grid[:, None, None]
     mean = tokens * moe.top_k * share_LR  # [g, L, R]
     variance = load_variance(moe, tokens, share_LR)
+    if splits:
+        variance = split_variance(moe, placement, popularity_LE, variance, tokens, senders)
     largest = expected_max(mean.reshape(-1, ranks), variance.reshape(-1, ranks)).reshape(mean.shape[:2])
     largest = np.clip(largest, mean.max(axis=2), grid[:, None] * moe.top_k)
     pairs_max = largest.mean(axis=1)

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from twin.cost.batch import Array
 from twin.cost.drift import Drift, Recorded, layer_scores
-from twin.policy.placement import Placement, linear, place_global, place_hierarchical
+from twin.policy.placement import Placement, linear, place_global, place_hierarchical, slots_to_ranks
+from twin.policy.replica_split import split_over_replicas
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec, MoE
 from twin.spec.plan import PoolPlan
@@ -137,8 +138,10 @@ def place(model: ModelSpec, pool: PoolPlan, popularity_LE: Array, domains: int) 
     return place_global(popularity_LE, slots, pool.ep)
 
 
-def slot_shares(popularity_LE: Array, placement: Placement) -> Array:
-    """Share of the pairs by slot, replicas of an expert sharing evenly: [L, S]."""
+def slot_shares(popularity_LE: Array, placement: Placement, *, split: bool = False) -> Array:
+    """Share of the pairs by slot [L, S]: replicas of an expert share evenly, or (`split`) so that ranks are even."""
+    if split and placement.num_slots > placement.num_experts:
+        return np.asarray(split_over_replicas(popularity_LE, placement))
     each = popularity_LE / placement.replica_count
     return np.take_along_axis(each, placement.slot_to_logical, axis=1)
 
@@ -254,3 +257,16 @@ def load_variance(moe: MoE, tokens: Array, rank_shares: Array) -> Array:
     """
     shrink = (moe.experts - moe.top_k) / max(moe.experts - 1, 1)
     return np.asarray(tokens * moe.top_k * rank_shares * (1 - rank_shares) * shrink)
+
+
+def split_variance(moe: MoE, placement: Placement, popularity_LE: Array, variance: Array, tokens: Array, senders: int) -> Array:
+    """What remains of `variance` [g, L, R] where each of `senders` ranks evens out its own batch over replicas.
+
+    A sender levels ranks to within a token (half a token of deviation each), as far as ranks hold replicas: by half of what
+    they carry on average a rank may be above the rest and still be levelled.
+    """
+    several = placement.replica_count > 1
+    carried_LS = np.take_along_axis(np.where(several, popularity_LE / placement.replica_count, 0.0), placement.slot_to_logical, 1)
+    movable = tokens / senders * moe.top_k * slots_to_ranks(carried_LS, placement) / 2
+    alike = np.sqrt(variance / senders)
+    return np.asarray(senders * np.minimum(alike, np.maximum(alike - movable, 0.5)) ** 2)

@@ -58,7 +58,7 @@ def _experts(scenario: Scenario, plan: Plan) -> list[str]:
                     "for the popularity at time zero.")
     if any(pool.eplb is not None for pool in plan.pools):
         said.append("Rebalancing decides in no time, by loads that hold the noise of sampling; weights on their way are spread "
-                    "evenly over the steps that they take, and replicas of an expert are used alike.")
+                    "evenly over the steps that they take.")
     return said
 
 

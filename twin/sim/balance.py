@@ -19,10 +19,10 @@ from twin.cost.batch import StepBatch
 from twin.cost.drift import Drift, Recorded
 from twin.cost.model import CostModel
 from twin.cost.roofline import bytes_of
-from twin.cost.routing import over_time, place
+from twin.cost.routing import over_time, place, slot_shares
 from twin.policy.arrivals import named_stream
 from twin.policy.migration import Migration, copies, keep_ranks, migration, should_rebalance
-from twin.policy.placement import Placement, imbalance
+from twin.policy.placement import Placement, max_over_mean, slots_to_ranks
 from twin.sim.presence import Presence
 from twin.sim.steplog import StepLog
 from twin.spec.plan import PoolPlan
@@ -95,7 +95,12 @@ class Experts:
         return self.base.site.popularity_LE if self.drift is None else self.drift.at(epoch)
 
     def _note(self, now_s: float, epoch: int) -> None:
-        self.imbalances.append((now_s, float(imbalance(self.popularity(epoch), self.placement).mean())))
+        self.imbalances.append((now_s, self._imbalance(self.popularity(epoch), self.placement)))
+
+    def _imbalance(self, load_LE: Floats, placement: Placement) -> float:
+        """The fullest rank's load over the mean, replicas used as the engine uses them: a mean over layers."""
+        loads = slot_shares(load_LE, placement, split=self.base.site.engine.splits_replicas)
+        return float(max_over_mean(slots_to_ranks(loads, placement)).mean())
 
     def _steps_left(self, step: int) -> int:
         """Steps until something is to be done between two of them."""
@@ -123,7 +128,7 @@ class Experts:
         assert self.pool.eplb is not None
         wanted = self._wanted(load_LE)
         plan = migration(self.placement, keep_ranks(self.placement, wanted))
-        before, after = (float(imbalance(load_LE, one).mean()) for one in (self.placement, plan.placement))
+        before, after = (self._imbalance(load_LE, one) for one in (self.placement, plan.placement))
         parts = self._costs.step(batch).parts_s
         gain_s = (parts.get("moe/experts", 0.0) + parts.get("moe/permute", 0.0)) * (before - after) / before
         link_bytes = self._link_bytes(plan)

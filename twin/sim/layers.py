@@ -22,8 +22,6 @@ from twin.cost.build import Crossing, crossings
 from twin.cost.comm import link_rates, pattern_traffic
 from twin.cost.model import CostModel
 from twin.cost.network import Network
-from twin.cost.routing import slot_shares
-from twin.policy.placement import slots_to_ranks
 from twin.sim.clock import Clock
 from twin.sim.transfers import Transfers
 
@@ -146,7 +144,7 @@ def _relative_load(cost: CostModel) -> Floats:
     site = cost.site
     if site.popularity_LE is None or site.placement is None:
         return np.ones((1, cost.pool.world))
-    share_LR = slots_to_ranks(slot_shares(site.popularity_LE, site.placement), site.placement)
+    share_LR = site.share_LR
     return np.repeat(share_LR / share_LR.mean(axis=1, keepdims=True), cost.pool.expert_tp, axis=1)
 
 

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twin.cost.model import CostModel
-from twin.cost.routing import slot_shares
-from twin.policy.placement import slots_to_ranks
 from twin.sim.breakdown import Breakdown, common_source
 from twin.sim.instance import Instance
 from twin.sim.request import Request
@@ -83,7 +81,7 @@ def expert_load(costs: PoolCosts) -> tuple[tuple[float, ...], ...] | None:
     """Expected load of every EP rank in every layer, relative to the layer's mean; None without routed experts."""
     if not isinstance(costs, CostModel) or costs.site.popularity_LE is None or costs.site.placement is None:
         return None
-    share_LR = slots_to_ranks(slot_shares(costs.site.popularity_LE, costs.site.placement), costs.site.placement)
+    share_LR = costs.site.share_LR
     relative_LR = share_LR / share_LR.mean(axis=1, keepdims=True)
     return tuple(tuple(round(float(x), 6) for x in row) for row in relative_LR)
 
