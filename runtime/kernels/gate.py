@@ -9,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.skinny import Cut, launch_options, wait_for_forerunner
+from runtime.kernels.skinny import Cut, launch_options, let_follower_start, prefetch, prefetchers, wait_for_forerunner
 
 _FEW_TOKENS = 512
 """Up to here small tiles of our own beat a library's product that is split along its depth and summed afterwards."""
 _DEPTH = 256
 _MAX_PARTS = 8
+_MOST_RANKED = 256
+"""Experts up to which every one may be compared with every other, which takes one pass instead of one a choice."""
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -97,10 +99,12 @@ def norm_gate_topk(
     group_score: str = "top2",
     slots_T: torch.Tensor | None = None,
     load_E: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(RMS norm of x [T, H], weights_TK, ids_TK) in one launch, for a few tokens: `router_logits` of the norm, then `gate_topk`.
 
-    `arrived` int32, zero for each token, counts a token's programs and is left zero; `cut.n` experts are a program's.
+    `arrived` int32, zero for each token, counts a token's programs and is left zero; `cut.n` experts are a program's. `ahead`:
+    a weight to come that more programs bring into the cache meanwhile.
     """
     tokens, hidden = x_TH.shape
     experts = weight_EH.shape[0]
@@ -110,14 +114,17 @@ def norm_gate_topk(
     normed, logits = new(hidden, x_TH.dtype), new(experts, torch.float32)
     weights, ids = new(k, torch.float32), new(k, torch.int32)
     each = experts // groups
-    _norm_gate_kernel[(triton.cdiv(experts, cut.n), tokens)](
+    parts = triton.cdiv(experts, cut.n)
+    extra = prefetchers(ahead, cut.warps)
+    _norm_gate_kernel[(parts + extra, tokens)](
         x_TH, gain_H, weight_EH, logit_bias_E if logit_bias_E is not None else logits, logits, arrived, normed,
         bias_E if bias_E is not None else logits, weights, ids, slots_T if slots_T is not None else ids,
-        load_E if load_E is not None else ids, eps, experts, scale,
-        HIDDEN=hidden, HAS_LOGIT_BIAS=logit_bias_E is not None, HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
+        load_E if load_E is not None else ids, ahead if extra else weight_EH, eps, experts, parts, scale,
+        HIDDEN=hidden, AHEAD_BYTES=ahead.nbytes if extra else 0, RANKED=cut.warps >= 4 and experts <= _MOST_RANKED,
+        HAS_LOGIT_BIAS=logit_bias_E is not None, HAS_SLOTS=slots_T is not None, HAS_LOAD=load_E is not None,
         K=k, SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias_E is not None, GROUPS=groups,
         TOPK_GROUPS=topk_groups, EACH=each, TOP2=group_score == "top2" and each > 1, PDL=cut.pdl,
-        BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), BLOCK_N=cut.n,
+        EARLY=cut.early, BLOCK_G=triton.next_power_of_2(groups), BLOCK_E=triton.next_power_of_2(each), BLOCK_N=cut.n,
         BLOCK_H=triton.next_power_of_2(hidden), num_warps=cut.warps, **launch_options(cut),
     )  # fmt: skip
     return normed, weights, ids
@@ -171,9 +178,12 @@ def _pick(
     logit, real, expert, token, real_token, bias, weights, ids, load, scale,
     HAS_LOAD: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, RANKED: tl.constexpr = False,
 ):  # fmt: skip
-    """Choose for one token, from `logit` [groups, experts of a group], -inf where not `real`."""
+    """Choose for one token, from `logit` [groups, experts of a group], -inf where not `real`.
+
+    `RANKED` compares every expert with every other (for a program of many lanes); else the best is taken K times.
+    """
     group = tl.arange(0, BLOCK_G)
     if SIGMOID:
         score = tl.sigmoid(logit)
@@ -187,6 +197,20 @@ def _pick(
         allowed = _allowed_groups(choice, group, GROUPS, TOPK_GROUPS, TOP2)
         choice = tl.where((allowed > 0)[:, None], choice, float("-inf"))
     choice = tl.where(real, choice, float("-inf"))
+    if RANKED:
+        flat = tl.reshape(choice, [BLOCK_G * BLOCK_E])
+        number = tl.reshape(tl.where(real, expert, GROUPS * EACH), [BLOCK_G * BLOCK_E])  # what is not real comes last
+        better = (flat[None, :] > flat[:, None]) | ((flat[None, :] == flat[:, None]) & (number[None, :] < number[:, None]))
+        place = tl.sum(better.to(tl.int32), 1)
+        chosen = (place < K) & (number < GROUPS * EACH)
+        all_scores = tl.reshape(score, [BLOCK_G * BLOCK_E])
+        whole = tl.sum(tl.where(chosen, all_scores, 0.0))
+        part = scale / tl.maximum(whole, 1e-20) if RENORMALIZE else scale
+        tl.store(ids + token * K + place, tl.where(real_token, number, -1), mask=chosen)
+        tl.store(weights + token * K + place, all_scores * part, mask=chosen)
+        if HAS_LOAD:
+            tl.atomic_add(load + number, 1, mask=chosen & real_token, sem="relaxed")
+        return
     total = 0.0
     rank = tl.full([BLOCK_G, BLOCK_E], -1, tl.int32)
     for i in tl.static_range(K):
@@ -226,20 +250,27 @@ def _gate_kernel(
 
 @triton.jit
 def _norm_gate_kernel(
-    x, gain, w, logit_bias, logits, arrived, normed, bias, weights, ids, slots, load, eps, experts, scale,
-    HIDDEN: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr,
+    x, gain, w, logit_bias, logits, arrived, normed, bias, weights, ids, slots, load, ahead, eps, experts, parts, scale,
+    HIDDEN: tl.constexpr, AHEAD_BYTES: tl.constexpr, RANKED: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
-    TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr, PDL: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, t) gives token t's logits of BLOCK_N experts; the last of a token's programs chooses."""
+    """Program (p, t) gives token t's logits of BLOCK_N experts; the last of a token's `parts` programs chooses."""
+    let_follower_start(EARLY)
     part, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if AHEAD_BYTES > 0:
+        if part >= parts:
+            if token == 0:
+                prefetch(ahead, part - parts, AHEAD_BYTES)
+            return
     n, h = part * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
     tile = tl.load(w + n[:, None] * HIDDEN + h[None, :], mask=(n < experts)[:, None] & (h < HIDDEN)[None, :], other=0.0)
-    wait_for_forerunner(PDL)
+    gains = tl.load(gain + h, mask=h < HIDDEN, other=0.0).to(tl.float32)
+    wait_for_forerunner(PDL, EARLY)
     a = tl.load(x + token * HIDDEN + h, mask=h < HIDDEN, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(a * a) / HIDDEN + eps)
-    row = (a * inverse * tl.load(gain + h, mask=h < HIDDEN, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
+    row = (a * inverse * gains).to(normed.dtype.element_ty)
     if part == 0:
         tl.store(normed + token * HIDDEN + h, row, mask=h < HIDDEN)
     part_logit = tl.sum(tile.to(tl.float32) * row.to(tl.float32)[None, :], 1)
@@ -247,12 +278,12 @@ def _norm_gate_kernel(
         part_logit += tl.load(logit_bias + n, mask=n < experts, other=0.0).to(tl.float32)
     tl.store(logits + token * experts + n, part_logit, mask=n < experts)
     tl.debug_barrier()  # all lanes have stored before the program says so
-    if tl.atomic_add(arrived + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(arrived + token, 1, sem="acq_rel") == parts - 1:
         tl.store(arrived + token, 0)  # as the next layer wants it
         expert, real = _grid(GROUPS, EACH, BLOCK_G, BLOCK_E)
         logit = tl.load(logits + token * experts + expert, mask=real, other=float("-inf"), cache_modifier=".cg")
         real_token = tl.load(slots + token) >= 0 if HAS_SLOTS else True
         _pick(
             logit, real, expert, token, real_token, bias, weights, ids, load, scale,
-            HAS_LOAD, K, SIGMOID, RENORMALIZE, HAS_BIAS, GROUPS, TOPK_GROUPS, EACH, TOP2, BLOCK_G, BLOCK_E,
+            HAS_LOAD, K, SIGMOID, RENORMALIZE, HAS_BIAS, GROUPS, TOPK_GROUPS, EACH, TOP2, BLOCK_G, BLOCK_E, RANKED,
         )  # fmt: skip

@@ -16,16 +16,20 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, num_threads
 
 MOST_ROWS = 16
+_CHUNK = 2048
+"""Bytes that a lane asks for at once."""
 
 
 @dataclass(frozen=True)
 class Cut:
     """How a product is cut: output columns a program, depth it reads at a time, warps, loads in flight; by the tensor cores or
     lane by lane. `pdl` starts it while its forerunner ends (programmatic dependent launch, sm_90): what it reads of weights
-    alone is then on its way before the forerunner's results are there."""
+    alone is then on its way before the forerunner's results are there. `early` lets its own follower start as soon as all
+    its programs have, not only once they have their inputs. `per_sm`: so many programs a multiprocessor, each of which goes
+    through several tiles and reads the next while it multiplies one (0: a program a tile)."""
 
     n: int
     k: int
@@ -33,6 +37,8 @@ class Cut:
     stages: int = 1
     dot: bool = False
     pdl: bool = False
+    early: bool = False
+    per_sm: int = 0
 
 
 def skinny_linear(
@@ -61,7 +67,7 @@ def skinny_linear(
     )  # fmt: skip
     flags = {
         "DEPTH": depth, "NORM": norm is not None, "ADD": residual_TN is not None, "HAS_SCALE": scale_N is not None,
-        "HAS_BIAS": bias_N is not None, "EVEN_N": width % cut.n == 0, "EVEN_K": depth % cut.k == 0, "PDL": cut.pdl,
+        "HAS_BIAS": bias_N is not None, "EVEN_N": width % cut.n == 0, "EVEN_K": depth % cut.k == 0, "PDL": cut.pdl, "EARLY": cut.early,
         "BLOCK_N": cut.n, "BLOCK_K": cut.k, "num_warps": cut.warps, **launch_options(cut),
     }  # fmt: skip
     tiles = triton.cdiv(width, cut.n)
@@ -72,41 +78,79 @@ def skinny_linear(
     return out_TN
 
 
+def prefetchers(ahead: torch.Tensor | None, warps: int) -> int:
+    """Programs that `prefetch` needs for a weight; none under the interpreter, which knows no cache."""
+    return 0 if ahead is None or not ahead.is_cuda else triton.cdiv(ahead.nbytes, _CHUNK * 32 * warps)
+
+
 def launch_options(cut: Cut) -> dict[str, bool]:
     """What a launch adds for programmatic dependent launch."""
     return {"launch_pdl": True} if cut.pdl else {}
 
 
 @triton.jit
-def wait_for_forerunner(PDL: tl.constexpr):
-    """Nothing that the kernel before wrote may be read, and nothing written, before this. The kernel after may start."""
-    if PDL:
-        gdc_wait()
+def prefetch(weight, part, BYTES: tl.constexpr):
+    """Program `part` brings its share of a weight's first BYTES, but for an odd rest, into the second-level cache (sm_90)."""
+    LANES: tl.constexpr = num_threads()
+    CHUNK: tl.constexpr = 2048
+    chunk = tl.minimum(part * LANES + tl.arange(0, LANES), BYTES // CHUNK - 1)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.u32 $0, 0;", "=r,l",
+        [weight.to(tl.int64) + chunk.to(tl.int64) * CHUNK], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def let_follower_start(EARLY: tl.constexpr):
+    """First of all in a program: the kernel after may start once every program of this one has, whatever it waits for.
+
+    That kernel's programs take what room these leave, read weights and wait for the end of this grid, which comes after the
+    end of all before it, as every kernel of a chain waits. So what weights they read is all that changes.
+    """
+    if EARLY:
         gdc_launch_dependents()
 
 
 @triton.jit
-def tile_of(rows, at, row_ok, DEPTH: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
-    """A tile of a weight: `rows` [n] point at row starts, `at` [k] are columns."""
+def wait_for_forerunner(PDL: tl.constexpr, EARLY: tl.constexpr = False):
+    """Nothing that the kernel before wrote may be read, and nothing written, before this. The kernel after may start."""
+    if PDL:
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
+
+
+@triton.jit
+def tile_of(
+    rows, at, row_ok, DEPTH: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ONCE: tl.constexpr = False
+):
+    """A tile of a weight: `rows` [n] point at row starts, `at` [k] are columns. What is read `ONCE` leaves the caches first."""
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
     place = rows[:, None] + at[None, :]
     if EVEN_N and EVEN_K:
-        return tl.load(place)
+        return tl.load(place, eviction_policy=POLICY)
     if EVEN_K:
-        return tl.load(place, mask=row_ok[:, None], other=0.0)
-    return tl.load(place, mask=row_ok[:, None] & (at < DEPTH)[None, :], other=0.0)
+        return tl.load(place, mask=row_ok[:, None], other=0.0, eviction_policy=POLICY)
+    return tl.load(place, mask=row_ok[:, None] & (at < DEPTH)[None, :], other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
 def _vector_kernel(
     x, w, out, residual, gain, scale, bias, x_stride, width, eps,
     DEPTH: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    let_follower_start(EARLY)
     n, token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     rows, row_ok = w + n.to(tl.int64) * DEPTH, n < width
     tile = tile_of(rows, k, row_ok, DEPTH, EVEN_N, EVEN_K)
-    wait_for_forerunner(PDL)
+    if NORM:
+        first_gain = tl.load(gain + k, mask=k < DEPTH, other=0.0)
+    wait_for_forerunner(PDL, EARLY)
+    if ADD:  # with the row, not after it
+        stream = tl.load(residual + token * width + n, mask=row_ok, other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     # unrolled, so that many loads are on their way at once
@@ -117,7 +161,7 @@ def _vector_kernel(
         a = tl.load(x + token * x_stride + at, mask=at < DEPTH, other=0.0).to(tl.float32)
         if NORM:
             squares += a * a
-            a *= tl.load(gain + at, mask=at < DEPTH, other=0.0).to(tl.float32)
+            a *= (first_gain if step == 0 else tl.load(gain + at, mask=at < DEPTH, other=0.0)).to(tl.float32)
         acc += tile.to(tl.float32) * a[None, :]
     value = tl.sum(acc, 1)
     if NORM:
@@ -127,7 +171,7 @@ def _vector_kernel(
     if HAS_BIAS:
         value += tl.load(bias + n, mask=row_ok, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(residual + token * width + n, mask=row_ok, other=0.0).to(tl.float32)
+        value += stream.to(tl.float32)
     tl.store(out + token * width + n, value.to(out.dtype.element_ty), mask=row_ok)
 
 
@@ -135,12 +179,14 @@ def _vector_kernel(
 def _tile_kernel(
     x, w, out, residual, gain, scale, bias, tokens, x_stride, width, eps,
     DEPTH: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    let_follower_start(EARLY)
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, 16)
     k = tl.arange(0, BLOCK_K)
     rows, row_ok, real = w + n.to(tl.int64) * DEPTH, n < width, m < tokens
-    wait_for_forerunner(PDL)
+    wait_for_forerunner(PDL, EARLY)
     acc = tl.zeros([16, BLOCK_N], tl.float32)
     squares = tl.zeros([16], tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
