@@ -25,6 +25,7 @@ from twin.cost.build import (
     helper_launches,
     resolve_protocol,
 )
+from twin.cost.collectives import Collective
 from twin.cost.comm import Exchange
 from twin.cost.defaults import default_efficiency
 from twin.cost.deployments import Deployments, as_deployed, keys_of, load_deployments
@@ -331,6 +332,11 @@ class CostModel:
     def exchanges(self) -> tuple[tuple[str, Exchange], ...]:
         """Dispatch and combine of one MoE layer, named; empty where tokens stay on their rank."""
         return self._shared.exchanges
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """What TP groups sum and gather in a step."""
+        return self._stack.collectives
 
     # --- memory and transfer
     def memory(self) -> Memory:

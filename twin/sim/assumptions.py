@@ -21,8 +21,8 @@ def assumptions(scenario: Scenario, plan: Plan) -> tuple[str, ...]:
     if plan.separated:
         said += [
             _handover(handover_of(plan.engine, scenario.kv_send)),
-            "KV transfers share links with one another and with the exchanges of steps, max-min fair; an exchange counts on "
-            "its links as spread evenly over the step. Calibrated steps and all-reduces feel nothing of transfers.",
+            "KV transfers share links with one another and with exchanges and all-reduces of steps, max-min fair; an exchange "
+            "counts on its links as spread evenly over the step.",
             "A sequence pre-empted in a decode instance is computed anew there.",
         ]
     if any(pool.mtp_draft_tokens for pool in plan.pools):

@@ -12,6 +12,7 @@ from twin.cost.batch import StepBatch
 from twin.cost.handover import HandoverStyle, handover_of
 from twin.cost.model import CostModel
 from twin.cost.network import Network
+from twin.cost.steps import CalibratedSteps
 from twin.policy.admission import Admission, Decision
 from twin.policy.arrivals import named_seed, named_stream
 from twin.sim.clock import Clock
@@ -109,8 +110,10 @@ class Service:
     def _share_links(self, transfers: Transfers) -> None:
         """KV and the collectives of instances slow one another down where they use the same links."""
         for instance in self.instances:
-            if isinstance(instance.costs, CostModel) and instance.pool.world > 1:
-                presence = Presence(instance.costs, instance.gpus, transfers.changed, instance.retime)
+            # calibrated steps are seconds alone: what they put on links is as of the pool's own cost model
+            costs = instance.costs.base if isinstance(instance.costs, CalibratedSteps) else instance.costs
+            if isinstance(costs, CostModel) and instance.pool.world > 1:
+                presence = Presence(costs, instance.gpus, transfers.changed, instance.retime)
                 instance.presence = presence
                 transfers.add_neighbour(presence)
 

@@ -11,6 +11,7 @@ from sim_kit import lengths
 from twin.cost.batch import StepBatch
 from twin.cost.model import CostModel
 from twin.cost.network import Network
+from twin.cost.steps import CalibratedSteps, PoolSteps
 from twin.cost.wire import wire_of
 from twin.sim import simulate
 from twin.sim.clock import Clock
@@ -63,7 +64,7 @@ def test_the_wire_is_what_the_step_is_priced_by(comm):
     tokens = model.exchanged_tokens(batch)
     for leg, name in zip(wire.legs, ("dispatch", "combine"), strict=True):
         known = parts.get(f"moe/{name}/nvlink", 0.0) + parts.get(f"moe/{name}/rdma", 0.0)
-        assert wire.layers * (leg.seconds_kd @ tokens).max() == pytest.approx(known, rel=1e-9)
+        assert leg.times * (leg.seconds_kd @ tokens).max() == pytest.approx(known, rel=1e-9)
     names = [Network(on).links[link].name for link in wire.links_k]
     sent = wire.step_bytes(tokens)
     up, down = (sum(b for n, b in zip(names, sent, strict=True) if n.startswith(kind)) for kind in ("nic_up", "nic_down"))
@@ -81,7 +82,7 @@ def test_both_grains_agree_on_what_a_flow_costs_the_exchanges(comm):
     network, wire = Network(on), wire_of(model, range(8))
     taken = np.isin(wire.links_k, network.route(12, 0)) / (1.0 + wire.flows_k)
     tokens = model.exchanged_tokens(batch)
-    more_s = replace(wire, legs=wire.legs[:1]).more_s(wire.alone_s(tokens)[:1], taken) / wire.layers
+    more_s = replace(wire, legs=wire.legs[:1]).more_s(wire.alone_s(tokens)[:1], taken) / wire.legs[0].times
     assert more_s > 1e-4, "the case must hurt"
     assert dispatch_s(alone) + more_s == pytest.approx(dispatch_s(beside), rel=0.02)
     # ranks that are served early send back early, on links of their own in that grain: it gains a little by it
@@ -183,3 +184,28 @@ def test_nothing_changes_where_no_link_is_shared():
     costs = make_costs(asked, asked.plan)
     assert not np.isin(wire_of(costs[1], (4, 5)).links_k, network.route(0, 4)).any()
     assert "overlap/shared_links" not in simulate(asked, asked.plan, cost_models=costs).result.pools[1].breakdown_s
+
+
+def test_all_reduces_of_tp_groups_over_nodes_are_on_the_wire():
+    """A ring over two nodes of two: of all that the group passes on, one hop in four leaves each node, twice all but a quarter
+    of every token, as often as the layers have sums."""
+    on = slow_cluster()
+    model = cost(PoolPlan(role="decode", dp=1, tp=4, ep=1), on)
+    wire = wire_of(model, range(4))
+    sums = next(one for one in model.collectives if one.key == "tp/all_reduce")
+    names = [Network(on).links[link].name for link in wire.links_k]
+    sent = wire.step_bytes(model.exchanged_tokens(even(1)))
+    up = [b for name, b in zip(names, sent, strict=True) if name.startswith("nic_up")]
+    assert up == pytest.approx([2 * 3 / 4 * 64 * sums.unit_bytes * sums.times] * 2)
+    taken = np.full(len(wire.links_k), 0.5)
+    assert wire.more_s(wire.alone_s(np.array([64.0])), taken) > 0
+
+
+def test_calibrated_steps_share_links_too(monkeypatch):
+    asked = question()
+    costs = make_costs(asked, asked.plan)
+    decode = asked.plan.pools[1]
+    steps = PoolSteps(pool=1, role="decode", dp=decode.dp, tp=1, ep=decode.ep, samples=(),
+                      fit={"step": costs[1].step_s(even(8, 4))})
+    priced = (costs[0], CalibratedSteps(costs[1], steps))
+    assert simulate(asked, asked.plan, cost_models=priced).result.pools[1].breakdown_s["overlap/shared_links"] > 0
