@@ -53,9 +53,18 @@ def test_counting_launch_agrees(device: torch.device, rng: torch.Generator, monk
     check(ids, 6, 16, device, monkeypatch)
 
 
+def test_long_lists_of_which_some_are_elsewhere(device: torch.device, rng: torch.Generator, monkeypatch) -> None:
+    """Chunks, the last of them not full; experts that get nothing; more experts than chunks."""
+    monkeypatch.setattr("runtime.kernels.align._HISTOGRAM_ROWS", 10)
+    monkeypatch.setattr("runtime.kernels.align._CHUNKS", 2)
+    ids = torch.randint(-2, 9, (1111, 3), generator=rng, dtype=torch.int32)
+    expert_map = torch.tensor([-1, 2, -1, 0, -1, -1, 1, -1, 5], dtype=torch.int32)
+    check(ids, 7, 32, device, monkeypatch, expert_map)
+
+
 def check(ids, experts, block_m, device, monkeypatch, expert_map=None) -> None:
     with poisoned(monkeypatch):
-        plan = align(ids.to(device), experts, block_m, None if expert_map is None else expert_map.to(device))
+        plan = align(ids.to(device), experts, block_m, None if expert_map is None else expert_map.to(device), places=True)
     local = ids.flatten().tolist()
     if expert_map is not None:
         local = [int(expert_map[i]) if 0 <= i < expert_map.numel() else -1 for i in local]
@@ -65,3 +74,6 @@ def check(ids, experts, block_m, device, monkeypatch, expert_map=None) -> None:
     assert plan.sorted_rows[:used].tolist() == rows
     assert plan.expert_ids[: used // block_m].tolist() == blocks
     assert plan.ends.tolist() == ends
+    assert plan.places is not None
+    want = {row: place for place, row in enumerate(rows) if row < ids.numel()}
+    assert plan.places.tolist() == [want.get(row, -1) for row in range(ids.numel())]
