@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -177,14 +178,25 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
             rows.setdefault(next(iter(op.flops)), []).append((op.key, log_s, evidence))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
-            table = _divisible(np.log(curve.many(_BATCH[:, None], _LENGTH[None, :])))
-            found.append(Surface(op, table, op.gate == "any_decode", ask.drafts, ask.share, (bounds[0][:, j], bounds[1][:, j]),
-                                 (evidence_of(curve, 32, 2048),), products))
+            found.append(Surface(op, _surface_log_s(curve), op.gate == "any_decode", ask.drafts, ask.share,
+                                 (bounds[0][:, j], bounds[1][:, j]), (evidence_of(curve, 32, 2048),), products))
     for feature, entries in sorted(rows.items()):
         each = np.stack([log_s for _, log_s, _ in entries])
         found.append(RowTable(INDEX[feature], tuple(key for key, _, _ in entries), each, np.log(np.exp(each).sum(axis=0)),
                               tuple(evidence for _, _, evidence in entries)))
     return left, found
+
+
+@lru_cache(maxsize=1024)
+def _rows_s(curve: Curve) -> Array:
+    """Seconds over `ROWS`, read once for all pools of a search."""
+    return curve.many(ROWS)
+
+
+@lru_cache(maxsize=256)
+def _surface_log_s(curve: Curve) -> Array:
+    """Log seconds over (`_BATCH`, `_LENGTH`), read once for all pools of a search."""
+    return _divisible(np.log(curve.many(_BATCH[:, None], _LENGTH[None, :])))
 
 
 def _divisible(log_s: Array) -> Array:
@@ -203,7 +215,7 @@ def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, 
     shows there is the host, and only where it has risen well above its floor is it the kernel.
     """
     feature, gate = INDEX[next(iter(op.flops))], INDEX[op.gate]
-    measured = curve.many(ROWS) * op.layers / share
+    measured = _rows_s(curve) * op.layers / share
     bound = np.maximum(compute[feature] * ROWS, memory[feature] * ROWS + memory[gate]) + launch[gate]
     if min((measured / bound)[[4 * _STEPS, 6 * _STEPS]]) <= _HOST_BOUND:
         return np.log(measured), evidence_of(curve, 128)
@@ -237,7 +249,7 @@ def _products(ops: Sequence[Op], ask: Ask) -> Array:
     for op in ops:
         if op.key in ("attention/projections", "attention/kv_up") and op.matrix is not None:
             curve = ask.profile.curve("gemm", {"k": op.matrix[0], "n": op.matrix[1]}, {"dtype": op.dtype})
-            total += curve.many(ROWS) * ask.products_scale if curve is not None else 0.0
+            total += _rows_s(curve) * ask.products_scale if curve is not None else 0.0
     return np.asarray(np.log(np.maximum(total, 1e-12)))
 
 

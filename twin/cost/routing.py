@@ -141,9 +141,18 @@ def place(model: ModelSpec, pool: PoolPlan, popularity_LE: Array, domains: int) 
 def slot_shares(popularity_LE: Array, placement: Placement, *, split: bool = False) -> Array:
     """Share of the pairs by slot [L, S]: replicas of an expert share evenly, or (`split`) so that ranks are even."""
     if split and placement.num_slots > placement.num_experts:
-        return np.asarray(split_over_replicas(popularity_LE, placement))
+        return _split(placement, np.ascontiguousarray(popularity_LE).tobytes())
     each = popularity_LE / placement.replica_count
     return np.take_along_axis(each, placement.slot_to_logical, axis=1)
+
+
+@lru_cache(maxsize=64)
+def _split(placement: Placement, popularity: bytes) -> Array:
+    """`split_over_replicas` once for all pools of a search that are placed alike."""
+    shares_LE = np.frombuffer(popularity).reshape(placement.num_layers, -1)
+    found: Array = np.asarray(split_over_replicas(shares_LE, placement), dtype=np.float64)
+    found.setflags(write=False)
+    return found
 
 
 def touch_probability(moe: MoE, popularity_E: Array, slot_expert_S: Ints, owner_S: Ints, owners: int) -> Array:

@@ -11,7 +11,8 @@ from cost_cases import gqa_model, mla_model, pool_of
 
 from twin.cost.experts import expert_work
 from twin.cost.routing import expected_max, place, popularity, sample_top_k, slot_shares, touch_probability
-from twin.policy.placement import linear, rank_load
+from twin.policy.placement import linear, place_global, rank_load
+from twin.policy.replica_split import BatchSplit
 from twin.spec.errors import SpecError
 from twin.spec.load import load_model
 from twin.spec.model import MoE
@@ -116,6 +117,35 @@ def test_even_load_matrix_is_exact() -> None:
     exact = (rank_load(shares, placement).max(axis=1) * 32).mean()
     work = expert_work(model, placement, shares)
     assert float(work.pairs_max[-1] / work.pairs_mean[-1]) == pytest.approx(exact, rel=0.005)
+
+
+def test_split_replicas_leave_the_fullest_rank_what_senders_cannot_even_out() -> None:
+    """Beside `BatchSplit` itself: the fullest of 8 ranks, every rank spreading its own batch over replicas."""
+    ranks, experts, slots, k = 8, 64, 80, 4
+    model = gqa_model(moe=MoE(experts=experts, top_k=k, intermediate=8))
+    rng = np.random.default_rng(2)
+    before = np.exp(0.8 * rng.standard_normal((1, experts)))
+    placed = place_global(before, slots, ranks)
+    shares = before * np.exp(0.3 * rng.standard_normal(before.shape))
+    shares = np.minimum(shares / shares.sum(), 1 / k)
+    shares /= shares.sum()
+    split = BatchSplit(placed.slot_to_logical[0].tolist(), experts, ranks)
+    for tokens in (16, 128):
+        seen, counts = [], np.zeros(experts)
+        for _ in range(16):
+            total = np.zeros(ranks)
+            for source in range(ranks):
+                chosen = np.argsort(-(np.log(shares) + rng.gumbel(size=(tokens, experts))), axis=1)[:, :k]
+                counts += np.bincount(chosen.ravel(), minlength=experts)
+                sent = split.slots(chosen.ravel(), source)
+                total += np.bincount(sent // (slots // ranks), minlength=ranks)
+            seen.append(total.max() / total.mean())
+        drawn = counts[None] / counts.sum()  # top-k without replacement flattens popularity
+        work = expert_work(model, placed, drawn, slot_shares(drawn, placed, split=True), ranks)
+        alike = expert_work(model, placed, drawn)
+        at = np.array([float(tokens * ranks)])
+        said, plain = (float(one.at(at, one.pairs_max)[0] / one.at(at, one.pairs_mean)[0]) for one in (work, alike))
+        assert said == pytest.approx(np.mean(seen), rel=0.05) and said < plain - 0.02
 
 
 def test_eplb_evens_loads_and_replicas_share() -> None:
