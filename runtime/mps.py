@@ -50,9 +50,15 @@ def share_gpu() -> Iterator[dict[str, str]]:
         places = {"CUDA_MPS_PIPE_DIRECTORY": str(pipes), "CUDA_MPS_LOG_DIRECTORY": str(logs)}
         _tell(control, ["-d"], places, "")
         try:
-            yield {**places, **OVERLAP}
+            yield {**places, **OVERLAP, **_renumbered()}
         finally:
             _tell(control, [], places, "quit\n")
+
+
+def _renumbered() -> dict[str, str]:
+    """The service numbers the GPUs that it was shown from zero, and its clients must ask for them so."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {} if shown is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(len(shown.split(",")))))}
 
 
 def _tell(control: str, arguments: list[str], places: dict[str, str], words: str) -> None:

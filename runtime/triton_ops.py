@@ -5,7 +5,7 @@ Nothing here asks the device for a value, so that a step whose sizes are known o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 """cuDNN reads grouped keys as they are and runs at twice the rate of the rest on Hopper (614 against 322 TFLOP/s)."""
 _PLANNED_TOKENS = 2048
 """Prompts shorter than this are not worth a plan of their own."""
+_PLANNED_PAIRS = 1 << 27
+"""Queries times keys from which the same holds for one that goes on."""
 
 
 class TritonOps(TorchOps):
@@ -86,23 +88,12 @@ class TritonOps(TorchOps):
     def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                           window: int | None, sinks_Q: torch.Tensor | None,
                           fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        n, lens, contexts = step.num_decodes, step.query_lens, step.context_lens
+        n, contexts = step.num_decodes, step.context_lens
         plain = sinks_Q is None and q_TQD.is_cuda and (window is None or max(contexts[n:], default=0) <= window)
         if not plain:
             return super().prefill_attention(q_TQD, cache, step, scale=scale, window=window, sinks_Q=sinks_Q)
-        out = torch.empty_like(q_TQD)
-        row = 0
-        for first, count in _runs(lens[n:], contexts[n:], fresh is not None):
-            i, stop = n + first, row + sum(lens[n + first:n + first + count])
-            if fresh is not None and lens[i] == contexts[i]:
-                k, v = (x[n + row:n + stop] for x in fresh)
-                starts = step.query_starts[i:i + count + 1] - step.query_starts[i]
-                out[row:stop] = _whole_prompts(q_TQD[row:stop], k, v, lens[i:i + count], starts, scale)
-            else:
-                k, v = _stored(cache, step.block_tables_SB[i], contexts[i])
-                out[row:stop] = _sdpa(q_TQD[None, row:stop], k[None], v[None], scale)[0]
-            row = stop
-        return out
+        parts = list(_prefill_parts(q_TQD, cache, step, scale, fresh))
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty_like(q_TQD)
 
     def causal_attention(self, q_TQD: torch.Tensor, k_CQD: torch.Tensor, v_CQE: torch.Tensor, *,
                          scale: float) -> torch.Tensor:
@@ -160,6 +151,32 @@ def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -
     narrow, scale = quant_fp8_rows(x.contiguous())
     return torch._scaled_mm(narrow, weight.data.t(), scale_a=scale[:, None], scale_b=weight.scale[None], bias=bias,
                             out_dtype=x.dtype, use_fast_accum=True)
+
+
+def _prefill_parts(q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, scale: float,
+                   fresh: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    """Attention of a step's prompts, run by run. `fresh`: the step's own keys and values, decodes' first."""
+    n, lens, contexts = step.num_decodes, step.query_lens, step.context_lens
+    row = 0
+    for first, count in _runs(lens[n:], contexts[n:], fresh is not None):
+        i, stop = n + first, row + sum(lens[n + first:n + first + count])
+        if fresh is not None and lens[i] == contexts[i]:
+            k, v = (x[n + row:n + stop] for x in fresh)
+            starts = step.query_starts[i:i + count + 1] - step.query_starts[i]
+            yield _whole_prompts(q_TQD[row:stop], k, v, lens[i:i + count], starts, scale)
+        else:
+            yield _with_a_past(q_TQD[row:stop], *_stored(cache, step.block_tables_SB[i], contexts[i]), scale)
+        row = stop
+
+
+def _with_a_past(q_TQD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of the last T of C positions. Chunks come in every shape: only long ones are worth a plan of cuDNN's."""
+    q, k, v = q_TQD[None], k_CGD[None], v_CGD[None]
+    if len(q_TQD) * len(k_CGD) >= _PLANNED_PAIRS:
+        return _sdpa(q, k, v, scale)[0]
+    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, len(q_TQD), len(k_CGD), 0.0, True, False, scale=scale)[0]
+    return found[0]
 
 
 def _runs(lens: Sequence[int], contexts: Sequence[int], together: bool) -> list[tuple[int, int]]:

@@ -69,3 +69,15 @@ def test_as_a_command_it_hands_on_environment_and_exit_code(told: Path) -> None:
                           cwd=Path(__file__).parents[2], timeout=60)
     assert done.returncode == 7
     assert [line[1] for line in lines(told)] == ["", "quit"]
+
+
+@pytest.mark.parametrize(("shown", "numbered"), [(None, None), ("3", "0"), ("GPU-aa,GPU-bb", "0,1")])
+def test_clients_name_gpus_as_the_service_does(told: Path, monkeypatch: pytest.MonkeyPatch, shown: str | None,
+                                               numbered: str | None) -> None:
+    """The service counts the GPUs that it was shown from zero."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    with mps.share_gpu() as env:
+        assert env.get("CUDA_VISIBLE_DEVICES") == numbered
+    assert lines(told)[-1][1] == "quit"
