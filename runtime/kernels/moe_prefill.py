@@ -3,6 +3,8 @@ order, and the weighted sum of each token's rows.
 
     align -> gather + up projection + activation -> (fp8 rows) -> grouped GEMM -> weighted sum
 
+or, wholly in fp8, by the products of `moe_fp8`, of which the first rounds its activations itself.
+
 Shapes: T tokens, K choices, N = T*K rows, P rows in expert order padded to whole blocks, H hidden, I expert width,
 E local experts.
 """
@@ -17,6 +19,7 @@ import triton.language as tl
 from runtime.kernels.align import align
 from runtime.kernels.fused import FP8, quant_fp8_rows
 from runtime.kernels.moe import ACTIVATIONS, Tile, out_like, up_projection
+from runtime.kernels.moe_fp8 import Fp8Tiles, down_fp8, up_fp8
 
 _UP = Tile(128, 128, 64, 8, 4)
 _UP_FP8 = Tile(128, 128, 128, 8, 3)
@@ -38,17 +41,26 @@ def prefill_moe(
     limit: float = 7.0,
     out_TH: torch.Tensor | None = None,
     x_scale_T: torch.Tensor | None = None,
+    tiles: Fp8Tiles | None = None,
 ) -> torch.Tensor:
     """y_TH as `moe.fused_moe`, without a bias of the down projection; meant for 128 rows an expert and more.
 
     fp8 weights (with row scales) multiply activations quantised row by row to fp8, as `moe.fused_moe_fp8` does; bf16
-    weights stay in bf16. CUDA-graph safe on devices with a grouped-GEMM kernel (sm_90, sm_100).
+    weights stay in bf16. `tiles` asks for the products of `moe_fp8`. CUDA-graph safe on devices with a grouped-GEMM kernel
+    (sm_90, sm_100).
     """
-    rows, experts, choices = topk_ids_TK.numel(), w2_EHI.shape[0], topk_ids_TK.shape[1]
-    plan = align(topk_ids_TK, experts, _UP.m, expert_map)
+    experts, choices = w2_EHI.shape[0], topk_ids_TK.shape[1]
+    plan = align(topk_ids_TK, experts, tiles.up.m if tiles else _UP.m, expert_map, places=True)
+    assert plan.places is not None
     fp8 = w13_E2IH.dtype == FP8
     out_TH = out_like(x_TH, x_scale_T, out_TH)
     x, x_scale = quant_fp8_rows(x_TH) if fp8 and x_scale_T is None else (x_TH, x_scale_T)
+    if fp8 and tiles is not None:
+        assert w13_scale_E2I is not None and w2_scale_EH is not None and x_scale is not None and activation == "silu_mul"
+        hq, h_scale = up_fp8(x, x_scale, w13_E2IH, w13_scale_E2I, plan, choices, tiles.up)
+        y_PH = down_fp8(hq, h_scale, w2_EHI, w2_scale_EH, plan, tiles.down) if tiles.down else \
+            _scaled_grouped_mm(hq, w2_EHI, h_scale, w2_scale_EH, plan.ends)
+        return weighted_sum(y_PH, plan.places, topk_weights_TK, out_TH)
     h_PI = up_projection(
         x, w13_E2IH, plan, choices, _UP_FP8 if fp8 else _UP, ACTIVATIONS[activation], w13_scale_E2I, w13_bias_E2I,
         alpha, limit, x_scale, out_TH.dtype, in_order=True, widen=x_scale is not None and not fp8,
@@ -59,8 +71,7 @@ def prefill_moe(
         y_PH = _scaled_grouped_mm(hq, w2_EHI, h_scale, w2_scale_EH, plan.ends)
     else:
         y_PH = F.grouped_mm(h_PI, w2_EHI.transpose(1, 2), offs=plan.ends)
-    place_N = inverse(plan.sorted_rows, plan.num_padded, rows)
-    return weighted_sum(y_PH, place_N, topk_weights_TK, out_TH)
+    return weighted_sum(y_PH, plan.places, topk_weights_TK, out_TH)
 
 
 def _scaled_grouped_mm(
@@ -73,14 +84,6 @@ def _scaled_grouped_mm(
     )
 
 
-def inverse(sorted_rows: torch.Tensor, num_used: torch.Tensor, rows: int) -> torch.Tensor:
-    """place [rows] int32: where each row went in the plan's order; -1 for rows of absent experts."""
-    place = torch.full((rows,), -1, dtype=torch.int32, device=sorted_rows.device)
-    block = 1024
-    _inverse_kernel[(triton.cdiv(sorted_rows.numel(), block),)](sorted_rows, num_used, place, rows, BLOCK=block, num_warps=4)
-    return place
-
-
 def weighted_sum(y_NH: torch.Tensor, place: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor) -> torch.Tensor:
     """out_t = sum over t's choices of weight * y[place], in fp32, choices with place -1 skipped."""
     tokens, choices = weights_TK.shape
@@ -90,14 +93,6 @@ def weighted_sum(y_NH: torch.Tensor, place: torch.Tensor, weights_TK: torch.Tens
         y_NH, place, weights_TK, out_TH, hidden, CHOICES=choices, BLOCK=block, num_warps=8 if block > 1024 else 4
     )
     return out_TH
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _inverse_kernel(sorted_rows, num_used, place, rows, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    used = at < tl.load(num_used)
-    row = tl.load(sorted_rows + at, mask=used, other=rows)
-    tl.store(place + row, at, mask=row < rows)  # padding is row number `rows`
 
 
 @triton.jit

@@ -26,10 +26,11 @@ _SUM_ROWS = 8
 
 
 class Rows8(NamedTuple):
-    """Rows in float8_e4m3fn [M, K] with one fp32 scale a row [M]."""
+    """Rows in float8_e4m3fn [M, K] with one fp32 scale a row [M]. `dtype`: what they were rounded from, and products are."""
 
     data: torch.Tensor
     scale: torch.Tensor
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,10 @@ def fp8_product(
     *,
     bias_N: torch.Tensor | None = None,
     residual_MN: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """y_MN = (x * x_scale) (w * w_scale)' + bias + residual, summed in fp32."""
     rows, width = len(x.data), len(w_NK)
-    out_MN = torch.empty(rows, width, dtype=dtype, device=w_NK.device)
+    out_MN = torch.empty(rows, width, dtype=x.dtype, device=w_NK.device)
     if not rows:
         return out_MN
     after = (
@@ -104,10 +104,10 @@ def fp8_product_gated(x: Rows8, w_NK: torch.Tensor, w_scale_N: torch.Tensor, sha
     """silu(gate) * up of a product whose columns are gates, then ups, rounded to fp8 row by row [M, N / 2]; see `row_fits`."""
     rows, width = len(x.data), len(w_NK) // 2
     assert row_fits(width, share)
-    out = _rows8(rows, width, w_NK.device)
+    out = _like(x, width)
     parts, c = _parts(x, w_NK, share)
     _sum_gate_kernel[(rows,)](
-        parts, *out, x.scale, w_scale_N, width, c.tiles_m, c.steps, c.share, c.slots,
+        parts, out.data, out.scale, x.scale, w_scale_N, width, c.tiles_m, c.steps, c.share, c.slots,
         TILES=triton.next_power_of_2(width // share.n), **_constants(share, c, _warps(width)),
     )  # fmt: skip
     return out
@@ -115,19 +115,19 @@ def fp8_product_gated(x: Rows8, w_NK: torch.Tensor, w_scale_N: torch.Tensor, sha
 
 def fp8_product_normed(
     x: Rows8, w_NK: torch.Tensor, w_scale_N: torch.Tensor, share: Share, norm: tuple[torch.Tensor, float],
-    dtype: torch.dtype = torch.bfloat16, bias_N: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
 ) -> tuple[Rows8, torch.Tensor]:  # fmt: skip
     """A product whose first columns, as many as the gain of `norm` has, get that RMS norm (gain, epsilon) and are rounded to
-    fp8; the others in `dtype`. See `row_fits`."""
+    fp8; the others are not. See `row_fits`."""
     rows, width, normed = len(x.data), len(w_NK), len(norm[0])
     assert row_fits(normed, share)
-    out = _rows8(rows, normed, w_NK.device)
-    rest = torch.empty(rows, width - normed, dtype=dtype, device=w_NK.device)
+    out = _like(x, normed)
+    rest = torch.empty(rows, width - normed, dtype=x.dtype, device=w_NK.device)
     parts, c = _parts(x, w_NK, share)
     most = max(normed, width - normed)
     _sum_norm_kernel[(rows, 2 if normed < width else 1)](
-        parts, *out, rest, x.scale, w_scale_N, norm[0], bias_N if bias_N is not None else w_scale_N, norm[1], width, normed,
-        c.tiles_m, c.steps, c.share, c.slots, HAS_BIAS=bias_N is not None,
+        parts, out.data, out.scale, rest, x.scale, w_scale_N, norm[0], bias_N if bias_N is not None else w_scale_N, norm[1],
+        width, normed, c.tiles_m, c.steps, c.share, c.slots, HAS_BIAS=bias_N is not None,
         TILES=triton.next_power_of_2(triton.cdiv(most, share.n)), **_constants(share, c, _warps(most)),
     )  # fmt: skip
     return out, rest
@@ -138,8 +138,9 @@ def row_fits(columns: int, share: Share) -> bool:
     return columns % share.n == 0 and columns <= _WIDEST_ROW
 
 
-def _rows8(rows: int, width: int, device: torch.device) -> Rows8:
-    return Rows8(torch.empty(rows, width, dtype=FP8, device=device), torch.empty(rows, dtype=torch.float32, device=device))
+def _like(x: Rows8, width: int) -> Rows8:
+    data = torch.empty(len(x.data), width, dtype=FP8, device=x.data.device)
+    return Rows8(data, torch.empty(len(data), dtype=torch.float32, device=data.device), x.dtype)
 
 
 def _warps(columns: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
 
 from runtime.kernels import moe, moe_layer, moe_prefill, reference
 from runtime.kernels.moe import Tile, Tiles
+from runtime.kernels.moe_fp8 import Fp8Tiles, Grouped
 
 FP32_BOUND = 4e-3 if torch.cuda.is_available() else 1e-5  # the GPU multiplies fp32 in tf32
 SMALL = Tiles(Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2))
@@ -123,6 +126,17 @@ def test_prefill_layer_fp8(device, rng, monkeypatch) -> None:
         pytest.skip("torch has no CPU kernel for scaled_grouped_mm")
     case, scales = fp8_layer(rng, device, 64, 2, 4, 128, 64)
     check(case, 0.02 + FP8_STEP, device, monkeypatch, run=moe_prefill.prefill_moe, fp8_rows=True, **scales)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("shape", [(64, 2, 4, 64, 48), (9, 3, 6, 48, 96), (33, 2, 3, 80, 32)], ids=str)
+def test_prefill_layer_wholly_in_fp8(shape, tma, device, rng, monkeypatch) -> None:
+    """Activations are rounded tile by tile to powers of two and levelled after; some choices are absent, tiles uneven."""
+    case, scales = fp8_layer(rng, device, *shape)
+    case["topk_ids_TK"][::5, 0] = -1
+    tiles = Fp8Tiles(Grouped(16, 32, 32, 4, 2, group=3 if tma else 1, tma=tma), Grouped(16, 16, 32, 4, 2, group=2))
+    for bound, options in ((0.06 if FP8_STEP < 0.1 else 0.2, {}), (0.02 + FP8_STEP, {"fp8_rows": True})):
+        check(case, bound, device, monkeypatch, run=partial(moe_prefill.prefill_moe, tiles=tiles), **options, **scales)
 
 
 @pytest.mark.parametrize("tokens, chosen", [(8, "fused_moe"), (60, "fused_moe_fp8"), (1600, "prefill_moe")])

@@ -27,7 +27,7 @@ def operands(rng, rows: int, width: int, depth: int, device) -> tuple[Rows8, tor
     """x, w, its scales, and the product in float64."""
     x, w = quantise_rows(normal(rng, rows, depth)), quantise_rows(normal(rng, width, depth, scale=0.3))
     want = (x[0].double() * x[1].double()[:, None]) @ (w[0].double() * w[1].double()[:, None]).T
-    return Rows8(x[0].to(device), x[1].to(device)), w[0].to(device), w[1].to(device), want
+    return Rows8(x[0].to(device), x[1].to(device), HALF), w[0].to(device), w[1].to(device), want
 
 
 @pytest.mark.parametrize("share", SHARES, ids=["one", "three a processor", "whole", "tma"])
@@ -39,8 +39,8 @@ def test_product(share: Share, rows: int, width: int, depth: int, device, rng, m
     want = want if bias is None else want + bias.double().cpu()
     want = want if residual is None else want + residual.double().cpu()
     with poisoned(monkeypatch):
-        got = fp8_product(x, w, scale, share, bias_N=bias, residual_MN=residual, dtype=HALF)
-        again = fp8_product(x, w, scale, share, bias_N=bias, residual_MN=residual, dtype=HALF)
+        got = fp8_product(x, w, scale, share, bias_N=bias, residual_MN=residual)
+        again = fp8_product(x, w, scale, share, bias_N=bias, residual_MN=residual)
     assert got.dtype == HALF and relative_error(got, want) < 4e-3
     assert torch.equal(got, again)
 
@@ -64,7 +64,7 @@ def test_product_with_norm(normed: int, device, rng, monkeypatch) -> None:
     gain, bias = normal(rng, normed, dtype=HALF), normal(rng, 96, dtype=HALF) if normed == 32 else None
     y = y if bias is None else y + bias.double()
     with poisoned(monkeypatch):
-        got, rest = fp8_product_normed(x, w, scale, SHARES[1], (gain.to(device), 1e-6), HALF,
+        got, rest = fp8_product_normed(x, w, scale, SHARES[1], (gain.to(device), 1e-6),
                                        None if bias is None else bias.to(device))
     head = y[:, :normed]
     want = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + 1e-6) * gain.double()
