@@ -7,8 +7,8 @@ Each row is predicted three times: as it is, with decode steps a tenth longer, a
 its errors are then linear in the factors of the keys that it fits (`twin.cost.deployments.keys_of`), which least absolute
 deviations with a pull towards zero find for all rows at once; two rounds, since lines bend. Errors of rows that a fit has not
 seen choose the pull: five folds over rows, over whole configurations, and over all of a model's in one format on one
-generation under an engine. The same errors, each configuration weighing the same, give the widths of intervals
-(`twin.cost.deployments.NEAR`).
+generation under an engine. The same errors, a configuration weighing the root of its rows, give the widths of
+intervals (`twin.cost.deployments.NEAR`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _BOUND = 0.7  # log error beyond which a row says no more: another deployment th
 _PULLS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _TTFT_WEIGHT = 0.5
 _FOLDS = 5
+_AGAIN = 1.15  # times longer that a deployment may take when it is measured again; versions five weeks apart differ by 0.4%
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Seen:
 
 
 def chosen(path: Path, half: str, seed: int) -> list[Question]:
-    """Rows of one half (or of both) that are questions with measurements, each measurement once."""
+    """Rows of one half (or of both) that are questions with measurements, each measurement once, and none that the table
+    contradicts (`told_apart`)."""
     found, met = [], set()
     for row in read_rows(path):
         question = question_of(row)
@@ -74,7 +76,21 @@ def chosen(path: Path, half: str, seed: int) -> list[Question]:
         if mark not in met and (half == "all" or in_fit_half(row, seed) == (half == "fit")):
             met.add(mark)
             found.append(question)
-    return found
+    return told_apart(found)
+
+
+def told_apart(questions: Sequence[Question]) -> list[Question]:
+    """Questions without those whose columns were measured with TPOT further apart than runs of one deployment are: two
+    deployments hide behind one name (with drafts and without), and neither says anything of the other's constants."""
+    measured: dict[tuple[object, ...], list[float]] = {}
+    for q in questions:
+        measured.setdefault(_asked(q), []).append(q.measured_tpot_s)
+    return [q for q in questions if max(measured[_asked(q)]) <= _AGAIN * min(measured[_asked(q)])]
+
+
+def _asked(q: Question) -> tuple[object, ...]:
+    return (q.row.configuration, q.concurrency, q.row.numbers["isl"], q.row.numbers["osl"], q.plan.pools[-1].mtp_draft_tokens,
+            q.recipe)
 
 
 def keys_for(question: Question) -> tuple[Key, ...]:
@@ -174,11 +190,11 @@ def summary(errors: Array, seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def width_for(errors: Array, seen: Sequence[Seen]) -> Array:
-    """Multiples [2] of a row's width that hold four in five of mixtures of experts, each configuration weighing the same: what
-    is asked next is another deployment, not another row of the one that has most."""
+    """Multiples [2] of a row's width that hold four in five of mixtures of experts, a configuration weighing the root of its
+    rows: what is asked next is another deployment more often than another row of the one that has most."""
     chosen = [i for i, s in enumerate(seen) if s.moe] or list(range(len(seen)))
     names = [seen[i].configuration for i in chosen]
-    weight = np.array([1.0 / names.count(name) for name in names])
+    weight = np.array([names.count(name) ** -0.5 for name in names])
     times = np.abs(errors[chosen]) / np.array([seen[i].width for i in chosen])[:, None]
     order = np.argsort(times, axis=0)
     share = np.cumsum(weight[order], axis=0) / weight.sum()

@@ -1,6 +1,6 @@
 """Fit what `twin/cost/engine_fits.py` holds on the fit half of a table of public deployments.
 
-    python benchmarks/fit_silicon.py silicon.csv [--seed 0] [--group sglang:blackwell ...]
+    python -m benchmarks.fit_silicon silicon.csv [--seed 0] [--group sglang:blackwell ...]
 
 For each (engine, GPU generation): launch time of small kernels, host time of a step and of a kernel launched alone, what a
 request spends outside steps, and a few scales on families of operators. The loss is the mean absolute log error of TPOT and
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.fit_deployments import told_apart
 from twin.cost.batch import INDEX, StepBatch
 from twin.cost.build import helper_launches
 from twin.cost.engine_fits import generation
@@ -111,7 +112,7 @@ class Case:
 
 def cases_of(path: Path, seed: int, key: tuple[str, str]) -> list[Case]:
     """Rows of the fit half that one group is fitted on: one GPU group, no drafts, each measurement once."""
-    answers, seen, found = Answers(), set(), []
+    answers, seen, questions = Answers(), set(), []
     for row in read_rows(path):
         if row.texts["backend"] != key[0] or row.texts["mode"] != "agg" or not in_fit_half(row, seed):
             continue
@@ -120,16 +121,18 @@ def cases_of(path: Path, seed: int, key: tuple[str, str]) -> list[Case]:
             continue
         gpu = q.cluster.groups[0].gpu
         mark = (row.configuration, q.concurrency, q.workload.isl, q.workload.osl, round(q.measured_tpot_s, 7))
-        if generation(gpu) != key[1] or mark in seen or not (q.measured_tpot_s > 0 and q.measured_ttft_s > 0):
-            continue
-        seen.add(mark)
-        isl, osl = means_of(q)
-        costs = answers.costs_of(q.model, q.cluster, q.plan, q.plan.pools[0], engine=ENGINES[key[0]])
-        serving = serving_for(q)
-        times = FamilyTimes(costs, q.concurrency, isl + osl, serving.budget_tokens, float(isl))
-        lengths = answers.lengths(q, 3)
-        found.append(Case(q, times, serving, room_of(costs, []), lengths))
-    return found
+        if generation(gpu) == key[1] and mark not in seen and q.measured_tpot_s > 0 and q.measured_ttft_s > 0:
+            seen.add(mark)
+            questions.append(q)
+    return [_case(q, answers) for q in told_apart(questions)]
+
+
+def _case(q: Question, answers: Answers) -> Case:
+    isl, osl = means_of(q)
+    pool, serving = q.plan.pools[0], serving_for(q)
+    costs = answers.costs_of(q.model, q.cluster, q.plan, pool, engine=ENGINES[q.plan.engine])
+    times = FamilyTimes(costs, q.concurrency, isl + osl, serving.budget_tokens, float(isl))
+    return Case(q, times, serving, room_of(costs, []), answers.lengths(q, 3))
 
 
 def loss(cases: Sequence[Case], engine: Engine, factors: dict[str, float], weights: np.ndarray) -> float:

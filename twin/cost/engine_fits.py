@@ -22,9 +22,8 @@ def generation(gpu: GpuSpec) -> Generation:
 
 
 FITS: Mapping[tuple[str, Generation], Mapping[str, float]] = {
-    ("sglang", "blackwell"): {"graph_launch_s": 1.99e-06, "step_host_s": 0.000498, "eager_launch_s": 5.11e-05,
-                              "frontend_s": 0.0212, "prefill_slowdown": 1.45, "products_scale": 0.965,
-                              "attention_scale": 0.953, "experts_scale": 1.22, "collectives_scale": 1.06},
+    ("sglang", "blackwell"): {"graph_launch_s": 2.12e-06, "step_host_s": 0.000531, "eager_launch_s": 5.16e-05,
+                              "frontend_s": 0.0212, "prefill_slowdown": 1.37, "experts_scale": 1.28},
     ("sglang", "hopper"): {"step_host_s": 0.000567, "eager_launch_s": 8.43e-05, "frontend_s": 0.0212,
                            "prefill_slowdown": 1.21, "attention_scale": 1.1, "experts_scale": 1.05},
     ("vllm", "blackwell"): {"graph_launch_s": 1.88e-06, "eager_launch_s": 7.04e-06, "frontend_s": 0.033,
