@@ -58,13 +58,13 @@ _KINDS = (
     (r"per_expert_max_over_mean\w*", "popularity"),
     (r"(fp8|bf16|fp4|gemm)_tflops", "product"),
 )
-_THROUGHPUT = r"throughput|tokens?_per_s|tok_s|tps|tgs"
+_THROUGHPUT = r"(?!.*(gain|speedup|improvement)).*(throughput|tokens?_per_s|tok_s|tps|tgs)"
 
 
 def kind_of(record: Record) -> str:
     """The kind of record, by its metric and what it is about."""
     metric, unit = metric_of(record), str(record.get("unit", "")).lower()
-    if re.search(_THROUGHPUT, metric) and re.search(r"tok\w*\s*/\s*s|tok\w* per s|tps|req\w*\s*/\s*s", unit):
+    if re.match(_THROUGHPUT, metric) and re.search(r"tok\w*\s*/\s*s|tok\w* per s|tps|req\w*\s*/\s*s", unit):
         return "throughput"
     if metric in ("latency", "time") and record.get("model") in ("nccl", "rccl"):
         return "collective"

@@ -189,3 +189,79 @@ def test_whole_services_and_dense_models_are_answered_too() -> None:
     assert value({**loop, "unit": "tok/s/GPU"}) == pytest.approx(value(loop) / 8)
     dense = {**DECODE, "model": "qwen3-32b", "gpu": "H100", "gpus": 4, "tp": 4, "batch_per_gpu": None, "concurrency": 64}
     assert value({**dense, "concurrency": 128}) > value(dense) > 0
+
+
+EXCHANGE = {"model": "deepep-microbench", "gpu": "H800", "ep": 16, "gpus": 16, "tokens_per_gpu": 128, "unit": "us",
+            "note": "DeepEP low latency"}
+LOOP = {"model": "qwen3-235b-a22b-fp8", "gpu": "NVIDIA H200 141GB", "tp": 8, "gpus": 8, "isl": 1024, "osl": 1024,
+        "concurrency": 16, "backend": "vllm 0.11"}
+
+
+@pytest.mark.parametrize(("metric", "kind"), [
+    ("mean_tpot", "serving"), ("itl_p50", "step"), ("decode_step_time", "step"), ("tokens_per_second_per_gpu", "throughput"),
+    ("max_over_mean_rank_load", "balance"), ("per_expert_max_over_mean_layer_avg", "popularity"),
+    ("kv_transfer_latency", "kv transfer"), ("allreduce_busbw", "bus bandwidth"), ("eplb_throughput_gain", "eplb gain"), ("dispatch_rdma_bandwidth", "copies bandwidth"),
+    ("free_kv_memory", "memory"), ("disk_kv_cache_hit_rate", "other")])
+def test_metrics_are_known_by_the_names_people_write(metric: str, kind: str) -> None:
+    assert kind_of({"metric": metric, "unit": "tokens/s/GPU"}) == kind
+
+
+@pytest.mark.parametrize(("record", "units", "ratio"), [
+    ({**DECODE, **WIDE, "metric": "decode_step_time"}, ("s", "ms"), 1e3),
+    ({**EXCHANGE, "metric": "dispatch_latency"}, ("ms", "us"), 1e3),
+    ({**LOOP, "metric": "tpot"}, ("s", "ms"), 1e3),
+    ({"model": "nccl", "gpu": "H100", "gpus": 16, "op": "all_to_all", "message_bytes": 2**26, "metric": "latency"},
+     ("ms", "us"), 1e3),
+    ({"model": "kimi-k2", "gpu": "H200", "tp": 8, "isl": 8192, "metric": "kv_transfer_time"}, ("s", "us"), 1e6),
+    ({"model": "deepseek-v3", "metric": "kv_cache_bytes_per_token"}, ("KB", "bytes"), 1e3),
+    ({**DECODE, **WIDE, "metric": "decode_layer_time_moe_gemm"}, ("ms/layer", "us/layer"), 1e3)])
+def test_the_unit_is_the_record_s(record: dict[str, Any], units: tuple[str, str], ratio: float) -> None:
+    first, second = (value({**record, "unit": unit}) for unit in units)
+    assert second == pytest.approx(ratio * first)
+
+
+def test_exchanges_of_formats_and_libraries() -> None:
+    one = {**EXCHANGE, "metric": "dispatch_latency"}
+    fp8, bf16 = (value({**one, "precision": text}) for text in ("FP8 dispatch", "BF16 dispatch"))
+    assert 1.5 * fp8 < bf16 < 2 * fp8
+    copies = value({**EXCHANGE, "metric": "dispatch_bandwidth", "unit": "GB/s"})
+    assert copies == pytest.approx(128 * 8 * 7168 * (1 + 4 / 128) / fp8 / 1e3)
+    garden = {**EXCHANGE, "model": "a2a-microbench", "note": "", "source": "pplx-garden", "metric": "combine_latency"}
+    cx7, efa = value(garden), value({**garden, "network": "EFA 16x200Gb"})
+    assert efa > cx7 > 0
+    rack = value({**garden, "source": "flashinfer mnnvl", "gpu": "GB200 NVL72", "ep": 64})
+    assert rack < cx7, "64 ranks of one NVLink domain beat 16 over NICs"
+    assert "replaced" in _judge({**garden, "source": "pplx-kernels", "id": "pplx-kernels"}, 0).reason
+
+
+def test_gains_are_ratios_of_what_throughputs_say() -> None:
+    pool = {**PREFILL, "model": "deepseek-v3", "gpu": "H100", "ep": 32, "features": {"TBO": True}}
+    on, off = (value({**pool, "features": {"TBO": True, "EPLB": eplb, "redundant_experts": 32 * eplb}}) for eplb in (True, False))
+    gain = value({**pool, "metric": "eplb_speedup", "unit": "x"})
+    assert gain == pytest.approx(on / off) and gain > 1.05
+    assert value({**pool, "metric": "eplb_gain", "unit": "%"}) == pytest.approx(100 * (gain - 1))
+    drafted = {**DECODE, "model": "deepseek-v3", "gpu": "H200", "ep": 32, "batch_per_gpu": 8, "note": "acceptance 0.8"}
+    assert 1.1 < value({**drafted, "metric": "mtp_speedup", "unit": "x", "features": {"MTP": 1}}) < 1.8
+
+
+def test_memory_and_kernels() -> None:
+    deployed = {"model": "deepseek-v3", "gpu": "H200", "source": "vLLM", "unit": "GB/GPU"}
+    few, many = (value({**deployed, "metric": "free_kv_memory", "id": f"kv-{name}"}) for name in ("dpep8", "dpep16"))
+    assert 0 < few < many < 141
+    assert value({**deployed, "metric": "weights_per_gpu", "ep": 16}) > value({**deployed, "metric": "weights_per_gpu", "ep": 64})
+    product = {"metric": "fp8_tflops", "unit": "TFLOPS", "gpu": "H800", "NK": "4096x7168"}
+    assert value({**product, "M": 64}) < value({**product, "M": 4096}) < 1979
+    grouped = value({**product, "groups_x_m": "4x256"})
+    assert value({**product, "M": 64}) < grouped < value({**product, "groups_x_m": "4x8192"}) < 1979
+
+
+def test_a_prompt_batch_stated_per_gpu_is_every_gpu_s() -> None:
+    pool = {**PREFILL, "model": "qwen3-235b-a22b-fp8", "gpu": "H800", "ep": 16, "batch_per_gpu": 2048}
+    wide, cut = asked({**pool, "dp": 16}), asked({**pool, "dp": 4, "tp": 4})
+    assert wide.tokens == cut.tokens == 2048 and cut.batch.prefill_tokens[0] == 4 * 2048
+
+
+def test_vllm_across_nodes_is_told_its_all_to_all() -> None:
+    for ep, name in ((8, "ag_rs"), (32, "deepep_low_latency")):
+        costs = asked({**DECODE, "model": "deepseek-r1", "gpu": "GB200 NVL72", "ep": ep, "dp": ep, "engine": "vllm"}).costs
+        assert costs.site.protocol.name == name
