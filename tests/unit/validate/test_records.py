@@ -200,7 +200,8 @@ LOOP = {"model": "qwen3-235b-a22b-fp8", "gpu": "NVIDIA H200 141GB", "tp": 8, "gp
 @pytest.mark.parametrize(("metric", "kind"), [
     ("mean_tpot", "serving"), ("itl_p50", "step"), ("decode_step_time", "step"), ("tokens_per_second_per_gpu", "throughput"),
     ("max_over_mean_rank_load", "balance"), ("per_expert_max_over_mean_layer_avg", "popularity"),
-    ("kv_transfer_latency", "kv transfer"), ("allreduce_busbw", "bus bandwidth"), ("eplb_throughput_gain", "eplb gain"), ("dispatch_rdma_bandwidth", "copies bandwidth"),
+    ("kv_transfer_latency", "kv transfer"), ("allreduce_busbw", "bus bandwidth"), ("eplb_throughput_gain", "eplb gain"),
+    ("dispatch_rdma_bandwidth", "copies bandwidth"),
     ("free_kv_memory", "memory"), ("disk_kv_cache_hit_rate", "other")])
 def test_metrics_are_known_by_the_names_people_write(metric: str, kind: str) -> None:
     assert kind_of({"metric": metric, "unit": "tokens/s/GPU"}) == kind
