@@ -83,13 +83,17 @@ def tune(transformer: Transformer, sizes: Sequence[int], timer: Timer | None = N
     if not isinstance(ops, FewRowsOps):
         return
     timer = timer or graph_seconds
-    if pdl is None:
-        pdl = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    pdl = chains() if pdl is None else pdl
     with torch.inference_mode():
         for tokens in [size for size in sizes if size <= MOST_ROWS]:
             for trial in trials(transformer, ops, tokens):
                 if trial.key not in ops.few.seconds:  # a former formation of this process may have timed it
                     _decide(ops, trial, timer, pdl)
+
+
+def chains() -> bool:
+    """Whether this device can launch a kernel while its forerunner ends."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def _decide(ops: FewRowsOps, trial: Trial, timer: Timer, pdl: bool) -> None:
@@ -103,7 +107,7 @@ def _decide(ops: FewRowsOps, trial: Trial, timer: Timer, pdl: bool) -> None:
         nonlocal best, best_s
         table.cuts[key] = cuts
         try:
-            if not _alike(trial.outputs(), want, _ROUNDING_FP8 if trial.narrow else _ROUNDING):
+            if not alike(trial.outputs(), want, rounding(trial)):
                 log.warning("%s of %d tokens cut as %s gives other numbers than the plain kernels", key[0], key[1], cuts)
                 return
             seconds = timer(trial.calls)
@@ -127,7 +131,7 @@ def _decide(ops: FewRowsOps, trial: Trial, timer: Timer, pdl: bool) -> None:
             table.cuts[key] = best
 
 
-def _alike(got: Outputs, want: Outputs, rounding: float) -> bool:
+def alike(got: Outputs, want: Outputs, rounding: float) -> bool:
     """Floats equal up to rounding, integers nearly all (near ties of a router may turn)."""
     for a, b in zip(got, want, strict=True):
         if not a.dtype.is_floating_point:
@@ -136,6 +140,11 @@ def _alike(got: Outputs, want: Outputs, rounding: float) -> bool:
         elif not float((a.double() - b.double()).norm()) <= rounding * float(b.double().norm()):
             return False
     return True
+
+
+def rounding(trial: Trial) -> float:
+    """The relative error that a part may have."""
+    return _ROUNDING_FP8 if trial.narrow else _ROUNDING
 
 
 def trials(transformer: Transformer, ops: FewRowsOps, tokens: int) -> Iterator[Trial]:
@@ -151,7 +160,7 @@ def trials(transformer: Transformer, ops: FewRowsOps, tokens: int) -> Iterator[T
                     _products(tokens, gqa[0].attention.qkv), narrow=isinstance(gqa[0].attention.qkv, Fp8Weight))
     alone = _spread([layer for layer in layers if layer.attention.alone])
     if alone:
-        y = draw(_data(alone[0].attention.out).shape[1])
+        y = draw(data_of(alone[0].attention.out).shape[1])
         yield Trial(_key("out", tokens, alone[0].attention.out), [_out(ops, layer, y, x) for layer in alone],
                     _products(tokens, alone[0].attention.out),
                     adds=True, narrow=isinstance(alone[0].attention.out, Fp8Weight))
@@ -209,7 +218,7 @@ def _spread(layers: list[Layer]) -> list[Layer]:
 
 def _products(tokens: int, weight: Weight) -> tuple[Cuts, ...]:
     """Ways to cut a product: two rows may still do without the tensor cores."""
-    depth = _data(weight).shape[1]
+    depth = data_of(weight).shape[1]
     return tuple((fit(cut, depth),) for cut in (*(LANES if tokens <= 2 else ()), *(TENSOR if tokens > 1 else ())))
 
 
@@ -220,16 +229,19 @@ def fit(cut: Cut, depth: int) -> Cut:
 
 
 def _key(part: str, tokens: int, weight: Weight) -> Key:
-    return part, tokens, tuple(_data(weight).shape)
+    return part, tokens, tuple(data_of(weight).shape)
 
 
-def _data(weight: Weight) -> torch.Tensor:
+def data_of(weight: Weight) -> torch.Tensor:
     return weight.data if isinstance(weight, Fp8Weight) else weight
 
 
 def confirm(runner: DecodeRunner) -> dict[int, tuple[float, float]]:
     """Seconds of whole steps (plain, fused) by size, on a runner that has captured and shares its step with no other rank;
-    sizes whose steps are no faster get a graph of plain kernels."""
+    sizes whose steps are no faster get a graph of plain kernels, the others what `runtime.refine` finds yet."""
+    from runtime.refine import refine
+
+    pdl = chains()
     ops = runner.transformer.rig.ops
     found: dict[int, tuple[float, float]] = {}
     if not isinstance(ops, FewRowsOps):
@@ -247,6 +259,7 @@ def confirm(runner: DecodeRunner) -> dict[int, tuple[float, float]]:
         if fused_s < plain_s and same:
             ops.few.cuts.update(cuts)
             runner.graphs[size] = fused
+            fused_s = min(seconds for _, seconds in refine(runner, size, pdl=pdl)) if pdl else fused_s
         found[size] = plain_s, fused_s
     for ffn in runner.transformer.moe_layers:
         ffn.load_E.zero_()  # rehearsals are no load

@@ -251,7 +251,8 @@ def _gate_kernel(
 @triton.jit
 def _norm_gate_kernel(
     x, gain, w, logit_bias, logits, arrived, normed, bias, weights, ids, slots, load, ahead, eps, experts, parts, scale,
-    HIDDEN: tl.constexpr, AHEAD_BYTES: tl.constexpr, RANKED: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr,
+    HIDDEN: tl.constexpr, AHEAD_BYTES: tl.constexpr, RANKED: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_LOAD: tl.constexpr, K: tl.constexpr,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
     TOPK_GROUPS: tl.constexpr, EACH: tl.constexpr, TOP2: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -260,9 +261,10 @@ def _norm_gate_kernel(
     let_follower_start(EARLY)
     part, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if AHEAD_BYTES > 0:
-        if part >= parts:
-            if token == 0:
-                prefetch(ahead, part - parts, AHEAD_BYTES)
+        extra = part >= parts
+        if extra & (token == 0):
+            prefetch(ahead, part - parts, AHEAD_BYTES)
+        if extra:
             return
     n, h = part * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
     tile = tl.load(w + n[:, None] * HIDDEN + h[None, :], mask=(n < experts)[:, None] & (h < HIDDEN)[None, :], other=0.0)

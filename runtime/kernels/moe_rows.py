@@ -258,7 +258,7 @@ def _down_side_by_side_kernel(
     ok = here[None, :] & (n < HIDDEN)[:, None]
     tiles = ()
     for step in tl.static_range(STEPS if STEPS < AHEAD else AHEAD):
-        tiles = tiles + (_side_tile(w2 + at_rows * WIDTH, step * BLOCK_K + k, ok, WIDTH, EVEN_K),)
+        tiles += (_side_tile(w2 + at_rows * WIDTH, step * BLOCK_K + k, ok, WIDTH, EVEN_K),)
     weight = tl.load(weights + row, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_SCALE:
         factor = tl.load(scale + at_rows, mask=ok, other=0.0) * weight[None, :]
@@ -271,10 +271,7 @@ def _down_side_by_side_kernel(
     for step in tl.static_range(STEPS):
         at = step * BLOCK_K + k
         a = tl.load(h + row[:, None] * WIDTH + at[None, :], mask=here[:, None] & (at < WIDTH)[None, :], other=0.0)
-        if step < AHEAD:
-            tile = tiles[step]
-        else:
-            tile = _side_tile(w2 + at_rows * WIDTH, at, ok, WIDTH, EVEN_K)
+        tile = tiles[step] if step < AHEAD else _side_tile(w2 + at_rows * WIDTH, at, ok, WIDTH, EVEN_K)
         acc += tile.to(tl.float32) * a.to(tl.float32)[None, :, :]
     each = tl.sum(acc, 2)
     each = each * factor if HAS_SCALE else each * weight[None, :]

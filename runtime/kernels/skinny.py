@@ -67,8 +67,8 @@ def skinny_linear(
     )  # fmt: skip
     flags = {
         "DEPTH": depth, "NORM": norm is not None, "ADD": residual_TN is not None, "HAS_SCALE": scale_N is not None,
-        "HAS_BIAS": bias_N is not None, "EVEN_N": width % cut.n == 0, "EVEN_K": depth % cut.k == 0, "PDL": cut.pdl, "EARLY": cut.early,
-        "BLOCK_N": cut.n, "BLOCK_K": cut.k, "num_warps": cut.warps, **launch_options(cut),
+        "HAS_BIAS": bias_N is not None, "EVEN_N": width % cut.n == 0, "EVEN_K": depth % cut.k == 0, "PDL": cut.pdl,
+        "EARLY": cut.early, "BLOCK_N": cut.n, "BLOCK_K": cut.k, "num_warps": cut.warps, **launch_options(cut),
     }  # fmt: skip
     tiles = triton.cdiv(width, cut.n)
     if cut.dot:

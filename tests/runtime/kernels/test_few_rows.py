@@ -89,7 +89,8 @@ def test_moe(kind: str, tokens: int, device, rng, monkeypatch) -> None:
     w13, w2 = w13.to(device), w2.to(device)
     want = reference.fused_moe(x, w13, w2, weights, ids, compute=torch.float64, **more)
     want = want.double() + (0 if residual is None else residual.double())
-    for up, down in ((Cut(16, 32, 1), Cut(32, 16, 1)), *([(Cut(4, 64, 1), Cut(8, 32, 1))] if tokens == 2 else [])):
+    for up, down in ((Cut(16, 32, 1), Cut(32, 16, 1)), (Cut(2, 64, 1, per_sm=1), Cut(4, 16, 1, stages=2 + tokens % 2)),
+                     *([(Cut(4, 64, 1), Cut(8, 32, 1))] if tokens == 2 else [])):
         with poisoned(monkeypatch):
             got = moe_rows(x, w13, w2, weights, ids, up, down, residual_TH=residual, **more)
         assert relative_error(got, want) < (FP8_STEP if kind == "fp8" and FP8_STEP > 0.1 else 6e-3)
@@ -113,10 +114,11 @@ def test_router(options: dict, tokens: int, device, rng, monkeypatch) -> None:
     normed = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * gain.double()).to(HALF)
     logits = normed.double() @ weight.double().T + (0 if logit_bias is None else logit_bias.double())
     want, want_ids = reference.gate_topk(logits.float(), k, bias_E=bias, compute=torch.float64, **options)
+    cut = Cut(8, 0, 1 if tokens == 6 else 4)  # of four warps and more a program compares all experts with all
     arrived, load = torch.zeros(16, dtype=torch.int32, device=device), torch.zeros(experts, dtype=torch.int64, device=device)
     for _ in range(2):  # the second call finds the counters as the first left them
         with poisoned(monkeypatch):
-            got_x, weights, ids = norm_gate_topk(x, gain, 1e-6, weight, k, Cut(8, 0, 1 if tokens < 6 else 4), arrived, logit_bias_E=logit_bias,
+            got_x, weights, ids = norm_gate_topk(x, gain, 1e-6, weight, k, cut, arrived, logit_bias_E=logit_bias,
                                                  bias_E=bias, slots_T=slots, load_E=load, **options)
         real = slots >= 0
         assert relative_error(got_x, normed) < 2e-3
