@@ -106,7 +106,7 @@ class Case:
         serving = self.serving
         worker = Worker(self.times, serving, "mixed", self.room)
         loop = run_loop([worker], [], self.question.concurrency, lambda i: self.lengths[i], frontend_s=engine.frontend_s,
-                        handover_s=lambda _: 0.0, waves=10, simulated=3, cold_s=self.question.cold_s)
+                        handover_s=lambda _: 0.0, waves=10, simulated=3)
         return (math.log(loop.tpot_s / self.question.measured_tpot_s), math.log(loop.ttft_s / self.question.measured_ttft_s))
 
 

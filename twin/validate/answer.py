@@ -104,8 +104,7 @@ class Answers:
             return costs[0].kv_transfer_bytes(tokens) / 40e9 + 5e-3 if decode else 0.0
 
         return run_loop(entry, decode, question.concurrency, lengths.__getitem__, handover_s=handover_s,
-                        frontend_s=costs[0].site.engine.frontend_s, waves=question.waves, simulated=simulated,
-                        cold_s=question.cold_s)
+                        frontend_s=costs[0].site.engine.frontend_s, waves=question.waves, simulated=simulated)
 
 
 def serving_for(question: Question) -> Serving:

@@ -221,12 +221,11 @@ class Loop:
 
 
 def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int, lengths: Callable[[int], tuple[int, int]], *,
-             frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4,
-             cold_s: float = 0.0) -> Loop:
+             frontend_s: float, handover_s: Callable[[int], float], waves: int = 10, simulated: int = 4) -> Loop:
     """Serve a closed loop with `entry` workers (and `decode` workers where prompts are computed apart).
 
     `waves` requests a user are sent in the test, all users at once at first; of more than `simulated`, the first and the last
-    wave stand for themselves and those between for the rest. Nothing is computed in the first `cold_s`.
+    wave stand for themselves and those between for the rest.
     """
     kept = min(waves, simulated)
     total = kept * concurrency
@@ -242,7 +241,7 @@ def run_loop(entry: Sequence[Worker], decode: Sequence[Worker], concurrency: int
     for _ in range(concurrency):
         send(0.0)
     workers = [*entry, *decode]
-    clock = [cold_s] * len(workers)
+    clock = [0.0] * len(workers)
     left = total
     while left:
         i, at = -1, math.inf  # the first of the busy workers that are free soonest

@@ -85,23 +85,10 @@ RECIPES = (
 )
 
 
-# Until this day InferenceX sent nothing before it measured, so its first requests waited for what the server compiles when it
-# first meets a prompt. TensorRT-LLM and vLLM compile as they start: their rows of before and after agree. SGLang's seconds are
-# from one row (2025-12, DeepSeek-R1 in fp8 on B200).
-_WARMED_UP_SINCE = "2026-01-21"
-_COLD_S = {"sglang": 7.5}
-
-
 def day_of(texts: Mapping[str, str]) -> str:
     """The day a row was measured (ISO), empty where it does not say."""
     found = re.search(r"\bmeasured=(\d{4}-\d\d-\d\d)", texts.get("silicon_data_source", ""))
     return found.group(1) if found else ""
-
-
-def cold_s(texts: Mapping[str, str]) -> float:
-    """Seconds that the first requests of an InferenceX run waited for a cold server."""
-    day = day_of(texts)
-    return _COLD_S.get(texts["backend"], 0.0) if day and day < _WARMED_UP_SINCE else 0.0
 
 
 def recipe_of(texts: Mapping[str, str], numbers: Mapping[str, float], model: str, experts: str, users: int,

@@ -23,7 +23,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.parse import read_text
 from twin.spec.plan import Plan, PoolPlan, Role
 from twin.spec.workload import Arrivals, Lengths, WorkloadSpec
-from twin.validate.recipes import ACCEPTANCE, Recipe, cold_s, drafts_of, recipe_of
+from twin.validate.recipes import ACCEPTANCE, Recipe, drafts_of, recipe_of
 from twin.validate.words import kv_dtype, model_of, precision_of
 
 MAX_FILE_BYTES = 64 << 20
@@ -88,7 +88,6 @@ class Question:
     measured_tpot_s: float
     waves: int  # requests of a user
     recipe: Recipe | None = None  # how it was served where that is published
-    cold_s: float = 0.0  # what the first requests waited for before the server computed
 
     @property
     def groups(self) -> dict[str, str]:
@@ -281,7 +280,7 @@ def _question(row: Row, model: ModelSpec, pools: tuple[PoolPlan, ...]) -> Questi
     if recipe is not None:
         plan = _as_served(plan, recipe)
     return Question(row, model, cluster, plan, workload, concurrency, numbers.get("silicon_ttft_ms", math.nan) / 1e3,
-                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES, recipe, cold_s(row.texts) if drawn else 0.0)
+                    numbers.get("silicon_tpot_ms", math.nan) / 1e3, _WAVES, recipe)
 
 
 def _as_served(plan: Plan, recipe: Recipe) -> Plan:

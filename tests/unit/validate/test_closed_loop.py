@@ -46,15 +46,6 @@ def test_one_user_waits_for_the_prompt_and_then_for_each_step() -> None:
     assert loop(Serving(True, True, 8192, 1), 1) == pytest.approx((0.010, 0.010))
 
 
-def test_a_cold_server_delays_the_first_requests_alone() -> None:
-    found = []
-    for cold in (0.0, 2.0):
-        worker = Worker(Clockwork(), Serving(True, True, 8192, 1), "mixed", 1e9)  # type: ignore[arg-type]
-        found.append(run_loop([worker], [], 1, lambda i: (1000, 11), frontend_s=0.0, handover_s=lambda _: 0.0, waves=4,
-                              cold_s=cold))
-    assert found[1].ttft_s - found[0].ttft_s == pytest.approx(2.0 / 4) and found[1].tpot_s == pytest.approx(found[0].tpot_s)
-
-
 def test_whole_budgets_take_prompts_together_and_small_ones_in_turn() -> None:
     assert loop(Serving(False, True, 4000, 1), 4)[0] == pytest.approx(0.040)
     assert loop(Serving(False, True, 1000, 1), 4)[0] == pytest.approx(0.025)  # 10, 20, 30, 40 ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from twin.cost.serving import Serving
-from twin.validate.recipes import RECIPES, Recipe, cold_s, drafts_of, recipe_of, served_as
+from twin.validate.recipes import RECIPES, Recipe, drafts_of, recipe_of, served_as
 
 PLAIN = Serving(True, False, 8192, 1)
 
@@ -66,11 +66,3 @@ def test_the_day_of_a_run_chooses_its_script() -> None:
     before, after, unsaid = (kimi(s) for s in ("x; measured=2026-03-11T00", "x; measured=2026-04-20T00", "x"))
     assert before is unsaid is None
     assert after is not None and after.prompts == 2
-
-
-def test_only_runs_before_the_warm_up_meet_a_cold_server() -> None:
-    def cold(engine: str, source: str) -> float:
-        return cold_s({"backend": engine, "silicon_data_source": source})
-
-    assert cold("sglang", "a=b; measured=2025-11-10T00:00") > 1
-    assert cold("sglang", "measured=2026-01-21") == cold("sglang", "") == cold("trtllm", "measured=2025-11-10") == 0
