@@ -34,6 +34,8 @@ _SAME_SHAPE = (
 )
 _SUFFIX = re.compile(r"-(fp8|nvfp4|fp4|int4|w4a16|bf16|instruct|thinking|base|chat|it|v2|hf|[0-9]{4})$")
 
+_IN_NAME = re.compile(r"[-_](nvfp4|mxfp4|fp8|fp4|int4|w4a16|bf16)(?=[-_.]|$)")
+
 # formats as tables of quantisation modes name them; None is the checkpoint's own
 _FORMATS: dict[str, Dtype | None] = {
     "": None, "none": None, "auto": None, "bf16": "bf16", "float16": "bf16", "fp16": "bf16", "fp8": "fp8", "fp8_static": "fp8",
@@ -69,7 +71,7 @@ def precision_of(texts: Mapping[str, str], model: ModelSpec) -> Precision:
     "int4" of a mixture of experts hold narrow experts and bf16 attention. gpt-oss stores mxfp4 experts whatever the
     table calls them.
     """
-    overall = texts.get("precision", "").lower()
+    overall = texts.get("precision", "").lower() or _named_format(texts.get("model_path", ""))
     dense = _format(texts.get("gemm_quant_mode", "") or overall, model.weight_dtype)
     experts = _format(texts.get("moe_quant_mode", "") or overall, model.expert_dtype)
     if model.moe is None:
@@ -83,6 +85,12 @@ def precision_of(texts: Mapping[str, str], model: ModelSpec) -> Precision:
     if experts in ("fp4", "int4", "mxfp4"):
         dense = "bf16" if dense == experts else dense
     return Precision(weights=dense, experts=experts, dispatch="fp8" if experts in ("fp8_block", "fp4") else "bf16")
+
+
+def _named_format(path: str) -> str:
+    """The format that a checkpoint's name ends in or holds, empty where it says none."""
+    found = _IN_NAME.search(path.rstrip("/").rsplit("/", 1)[-1].lower())
+    return {"w4a16": "int4"}.get(found.group(1), found.group(1)) if found else ""
 
 
 def _format(text: str, native: Dtype) -> Dtype:

@@ -91,6 +91,14 @@ def test_a_cell_that_cannot_be_read_is_its_rows_problem_alone(tmp_path: Path, co
     assert isinstance(question_of(good), Question)
 
 
+@pytest.mark.parametrize(("path", "experts"), [
+    ("Qwen/Qwen3-235B-A22B-Instruct-2507-FP8", "fp8_block"), ("Qwen/Qwen3-235B-A22B", "bf16"), ("openai/gpt-oss-120b", "mxfp4"),
+    ("nvidia/Qwen3-235B-A22B-NVFP4", "fp4"), ("deepseek-ai/DeepSeek-V3", "fp8_block")])
+def test_a_format_that_no_column_tells_is_the_checkpoints(tmp_path: Path, path: str, experts: str) -> None:
+    q = ask(tmp_path, model_path=path, precision="", gemm_quant_mode="", moe_quant_mode="")
+    assert isinstance(q, Question) and q.plan.precision.experts == experts
+
+
 @pytest.mark.parametrize("value", ["", "nan", "-1", "soon"])
 def test_a_row_without_a_measurement_is_still_a_question(tmp_path: Path, value: str) -> None:
     q = ask(tmp_path, silicon_tpot_ms=value)
