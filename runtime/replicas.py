@@ -24,7 +24,7 @@ class Replicas:
         several = max(1, min(slots - experts, experts))  # as many experts can have more than one slot, and be rounds alone
         places = places_of_a_round(slots, experts, ranks)
         self._table = {name: torch.full(shape, -1, dtype=torch.int32, device=device) for name, shape in (
-            ("first_E", (experts,)), ("rank_E", (experts,)), ("round_J", (several,)), ("rounds", (1,)),
+            ("first_E", (experts,)), ("rank_E", (experts,)), ("start_J", (several,)), ("count_J", (several,)), ("rounds", (2,)),
             ("expert_QP", (several, places)), ("rank_QP", (several, places)), ("slot_QP", (several, places)))}
 
     def place(self, slot_experts: Sequence[int]) -> None:
@@ -37,14 +37,16 @@ class Replicas:
         table["first_E"] = torch.from_numpy(split.first_E)
         table["rank_E"] = table["first_E"] // (len(slot_experts) // self._ranks)
         table["rank_E"][torch.from_numpy(split.experts_J)] = self._ranks + torch.arange(len(split.experts_J))
-        table["round_J"][:len(split.round_J)] = torch.from_numpy(split.round_J)
-        table["rounds"][0] = len(set(split.round_J.tolist()))
-        filled = [0] * len(table["expert_QP"])
+        table["rounds"][:] = torch.tensor([len(set(split.round_J.tolist())), (split.slot_JR >= 0).sum(axis=1).max(initial=0)])
+        filled, places = [0] * len(table["expert_QP"]), split.places
         for j, q in enumerate(split.round_J.tolist()):
-            for rank in (split.slot_JR[j] >= 0).nonzero()[0].tolist():
-                for name, value in (("expert_QP", j), ("rank_QP", rank), ("slot_QP", int(split.slot_JR[j, rank]))):
-                    table[name][q, filled[q]] = value
-                filled[q] += 1
+            ranks = (split.slot_JR[j] >= 0).nonzero()[0]
+            here = slice(filled[q], filled[q] + len(ranks))
+            table["start_J"][j], table["count_J"][j] = q * places + filled[q], len(ranks)
+            table["expert_QP"][q, here] = j
+            table["rank_QP"][q, here] = torch.from_numpy(ranks).int()
+            table["slot_QP"][q, here] = torch.from_numpy(split.slot_JR[j, ranks]).int()
+            filled[q] += len(ranks)
         for name, values in table.items():
             self._table[name].copy_(values)
 

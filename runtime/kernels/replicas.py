@@ -21,16 +21,18 @@ _BLOCK = 1024
 @dataclass(frozen=True)
 class Tables:
     """Where experts are, all int32: `first_E` a slot of each, `rank_E` its rank, or R + j for the j-th of those with several
-    replicas. `round_J` is its round, of `rounds` (one number); `expert_QP`, `rank_QP`, `slot_QP` are the replicas of each
-    round: which j, where. Everything else is -1."""
+    replicas. `start_J` is where its replicas begin among all places of all rounds, `count_J` how many they are. Of each place
+    of a round: `expert_QP` whose replica (which j), `rank_QP` and `slot_QP` where. `rounds`: how many there are, and the most
+    replicas of an expert. Everything else is -1."""
 
     first_E: torch.Tensor
     rank_E: torch.Tensor
-    round_J: torch.Tensor
-    rounds: torch.Tensor
+    start_J: torch.Tensor
+    count_J: torch.Tensor
     expert_QP: torch.Tensor
     rank_QP: torch.Tensor
     slot_QP: torch.Tensor
+    rounds: torch.Tensor
 
 
 def split(ids_N: torch.Tensor, tables: Tables, source: int, ranks: int, sweeps: int) -> torch.Tensor:
@@ -41,19 +43,18 @@ def split(ids_N: torch.Tensor, tables: Tables, source: int, ranks: int, sweeps: 
         return slots_N
     block = min(_BLOCK, triton.next_power_of_2(max(rows, 16)))
     lanes, bins, wide = (max(triton.next_power_of_2(n), 2) for n in (ranks, several, places))
-    scratch = torch.empty(lanes + bins, dtype=torch.int32, device=ids_N.device)
-    _pour_kernel[(1,)](ids_N, slots_N, t.first_E, t.rank_E, t.rounds, t.expert_QP, t.rank_QP, fill_QP, scratch, rows, source,
-                       RANKS=ranks, LANES=lanes, BINS=bins, P=places, WIDE=wide, SWEEPS=sweeps, BLOCK=block,
-                       num_warps=8 if wide > 64 else 4 if wide > 16 else 1)
-    narrow = max(16, min(block, 8192 // wide))
-    _deal_kernel[(several,)](ids_N, slots_N, t.rank_E, t.round_J, t.expert_QP, t.slot_QP, fill_QP, rows, RANKS=ranks, P=places,
-                             WIDE=wide, BLOCK=narrow, num_warps=4)
+    scratch = torch.empty(lanes + bins + 2 * wide, dtype=torch.int32, device=ids_N.device)
+    _pour_kernel[(1,)](ids_N, slots_N, t.first_E, t.rank_E, t.start_J, t.count_J, t.expert_QP, t.rank_QP, t.rounds, fill_QP,
+                       scratch, rows, source, RANKS=ranks, LANES=lanes, BINS=bins, P=places, WIDE=wide, SWEEPS=sweeps,
+                       BLOCK=block, num_warps=4)
+    _deal_kernel[(several,)](ids_N, slots_N, t.rank_E, t.start_J, t.count_J, t.slot_QP, fill_QP, rows, RANKS=ranks, BLOCK=block,
+                             num_warps=4)
     return slots_N
 
 
 @triton.jit(do_not_specialize=["rows", "source"])
 def _pour_kernel(
-    ids, slots, first, rank_of, rounds, experts, ranks, fills, scratch, rows, source,
+    ids, slots, first, rank_of, starts, counts, experts, ranks, rounds, fills, scratch, rows, source,
     RANKS: tl.constexpr, LANES: tl.constexpr, BINS: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, SWEEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,54 +73,61 @@ def _pour_kernel(
         amounts += tl.histogram(tl.where(shared, owner - RANKS, 0), BINS, mask=shared)
     tl.store(scratch + tl.arange(0, LANES), total)  # a round gathers the loads of its own ranks
     tl.store(scratch + LANES + tl.arange(0, BINS), amounts)
+    loads, levels = scratch + LANES + BINS, scratch + LANES + BINS + WIDE  # of a round's places
     lane = tl.arange(0, WIDE)
-    count = tl.load(rounds)
+    count, most = tl.load(rounds), tl.load(rounds + 1)
     for turn_of in range(0, SWEEPS * count):
         tl.debug_barrier()
-        place = turn_of % count * P + lane
-        expert = tl.load(experts + place, mask=lane < P, other=-1)
+        row = turn_of % count * P
+        expert = tl.load(experts + row + lane, mask=lane < P, other=-1)
         here = expert >= 0
-        rank = tl.load(ranks + place, mask=here, other=0)
-        load = tl.load(scratch + rank, mask=here, other=0)
-        load -= tl.load(fills + place, mask=here & (turn_of >= count), other=0)
+        rank = tl.load(ranks + row + lane, mask=here, other=0)
+        mates = tl.load(starts + expert, mask=here, other=0) - row  # lane of the expert's first replica
+        many = tl.load(counts + expert, mask=here, other=0)
         amount = tl.load(scratch + LANES + expert, mask=here, other=0)
-        same = here[:, None] & (expert[None, :] == expert[:, None])
+        load = tl.load(scratch + rank, mask=here, other=0)
+        load -= tl.load(fills + row + lane, mask=here & (turn_of >= count), other=0)
+        tl.store(loads + lane, load, mask=here)
+        tl.debug_barrier()
         # the level that each number of the emptiest ranks would give; equal loads count as one number of ranks
-        lower = same & (load[None, :] <= load[:, None])
-        below = tl.sum(tl.where(lower, load[None, :], 0), 1)
-        of_number = (amount + below) // tl.maximum(tl.sum(lower.to(tl.int32), 1), 1)
-        level = tl.min(tl.where(same, of_number[None, :], 2147483647), 1)
-        fill = tl.where(here, tl.maximum(level - load, 0), 0)
-        over = amount - tl.sum(tl.where(same, fill[None, :], 0), 1)
-        at_level = here & (load <= level)
+        below, lower = tl.zeros([WIDE], tl.int32), tl.zeros([WIDE], tl.int32)
+        for k in range(0, most):
+            other = tl.load(loads + mates + k, mask=k < many, other=2147483647)
+            below += tl.where(other <= load, other, 0)
+            lower += (other <= load).to(tl.int32)
+        tl.store(levels + lane, (amount + below) // tl.maximum(lower, 1), mask=here)
+        tl.debug_barrier()
+        level = tl.full([WIDE], 2147483647, tl.int32)
+        for k in range(0, most):
+            level = tl.minimum(level, tl.load(levels + mates + k, mask=k < many, other=2147483647))
+        over, earlier = amount, tl.zeros([WIDE], tl.int32)
         turn = (rank + RANKS - source % RANKS) % RANKS
-        earlier = same & at_level[None, :] & (turn[None, :] < turn[:, None])
-        fill += (at_level & (tl.sum(earlier.to(tl.int32), 1) < over)).to(tl.int32)
+        for k in range(0, most):
+            other = tl.load(loads + mates + k, mask=k < many, other=2147483647)
+            its_turn = (tl.load(ranks + row + mates + k, mask=k < many, other=0) + RANKS - source % RANKS) % RANKS
+            over -= tl.where(k < many, tl.maximum(level - other, 0), 0)
+            earlier += ((other <= level) & (its_turn < turn)).to(tl.int32)
+        fill = tl.maximum(level - load, 0) + ((load <= level) & (earlier < over)).to(tl.int32)
         tl.store(scratch + rank, load + fill, mask=here)
-        tl.store(fills + place, fill, mask=here)
+        tl.store(fills + row + lane, fill, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _deal_kernel(
-    ids, slots, rank_of, round_of, experts, slot_of, fills, rows,
-    RANKS: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _deal_kernel(ids, slots, rank_of, starts, counts, slot_of, fills, rows, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     j = tl.program_id(0)
-    q = tl.load(round_of + j)
-    if q < 0:
+    place, many = tl.load(starts + j), tl.load(counts + j)
+    if place < 0:
         return
-    lane = tl.arange(0, WIDE)
-    mine = tl.load(experts + q * P + lane, mask=lane < P, other=-1) == j
-    there = tl.load(slot_of + q * P + lane, mask=mine, other=-1)
-    fill = tl.load(fills + q * P + lane, mask=mine, other=0)
-    end = tl.cumsum(fill)
     dealt = 0
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         chosen = tl.load(ids + row, mask=row < rows, other=-1).to(tl.int32)
         its = (chosen >= 0) & (tl.load(rank_of + chosen, mask=chosen >= 0, other=-1) == RANKS + j)
         nth = dealt + tl.cumsum(its.to(tl.int32)) - 1
-        inside = (nth[:, None] < end[None, :]) & (nth[:, None] >= (end - fill)[None, :])
-        slot = tl.sum(tl.where(inside, there[None, :], 0), 1)
+        slot, begin = tl.zeros([BLOCK], tl.int32), 0
+        for k in range(0, many):
+            end = begin + tl.load(fills + place + k)
+            slot = tl.where((nth >= begin) & (nth < end), tl.load(slot_of + place + k), slot)
+            begin = end
         tl.store(slots + row, slot.to(slots.dtype.element_ty), mask=its)
         dealt += tl.sum(its.to(tl.int32))

@@ -31,12 +31,11 @@ for world in (2, 8, 64):
                 present=i32, patience=i64, lost=i32, alarm=i32, off=i32)
     assert "globaltimer" in ptx and "release" in ptx and ptx.count("ld.volatile") >= 2
 for ranks, places in ((2, 2), (8, 8), (144, 33)):
-    wide = max(triton.next_power_of_2(places), 2)
-    build(replicas._pour_kernel, {"RANKS": ranks, "LANES": triton.next_power_of_2(ranks), "BINS": 32, "P": places, "WIDE": wide,
-          "SWEEPS": 2, "BLOCK": 1024}, 4, ids=i64, slots=i64, **dict.fromkeys(
-          ("first", "rank_of", "rounds", "experts", "ranks", "fills", "scratch"), i32))
-    build(replicas._deal_kernel, {"RANKS": ranks, "P": places, "WIDE": wide, "BLOCK": 8192 // max(wide, 8)}, 4, ids=i64,
-          slots=i64, **dict.fromkeys(("rank_of", "round_of", "experts", "slot_of", "fills"), i32))
+    lanes, wide = triton.next_power_of_2(ranks), max(triton.next_power_of_2(places), 2)
+    tables = dict.fromkeys(("first", "rank_of", "starts", "counts", "experts", "ranks", "rounds", "fills", "scratch", "slot_of"), i32)
+    build(replicas._pour_kernel, {"RANKS": ranks, "LANES": lanes, "BINS": 32, "P": places, "WIDE": wide, "SWEEPS": 2,
+          "BLOCK": 1024}, 4, ids=i64, slots=i64, **tables)
+    build(replicas._deal_kernel, {"RANKS": ranks, "BLOCK": 1024}, 4, ids=i64, slots=i64, **tables)
 for fp8 in (False, True):
     shape = {"EXPERT_TP": 1, "CHOICES": 8, "LANES": 8}
     build(symm._push_kernel, {**shape, "WORLD": 8, "FP8": fp8, "BLOCK": 8192 if fp8 else 2048}, 8 if fp8 else 4, x="*bf16",
