@@ -29,6 +29,7 @@ from twin.spec.model import ModelSpec
 from twin.spec.plan import PoolPlan, Precision
 from twin.spec.scenario import Routing
 
+_USUAL_TOKENS = {"prefill": 8192, "decode": 128}  # of a DP rank, by which the noise of an exchange is taken
 _INTRICATE = 3  # times the small kernels of a plain attention block
 
 
@@ -62,6 +63,13 @@ class Site:
         """Share of the pairs by slot, as the engine uses replicas: [L, S]."""
         assert self.popularity_LE is not None and self.placement is not None
         return slot_shares(self.popularity_LE, self.placement, split=self.engine.splits_replicas)
+
+    @cached_property
+    def work(self) -> ExpertWork:
+        """What experts do, over the instance's tokens."""
+        assert self.popularity_LE is not None and self.placement is not None
+        splits = self.engine.splits_replicas and self.pool.ep > 1
+        return expert_work(self.model, self.placement, self.popularity_LE, self.share_LS if splits else None, self.pool.world)
 
     @property
     def share_LR(self) -> Array:
@@ -135,8 +143,7 @@ def build_shared(site: Site) -> Shared:
         return Shared(None, ())
     assert site.popularity_LE is not None and site.placement is not None
     names = ("dispatch", "combine") if site.pool.ep > 1 else ("all_gather", "reduce_scatter")
-    splits = site.engine.splits_replicas and site.pool.ep > 1
-    work = expert_work(model, site.placement, site.popularity_LE, site.share_LS if splits else None, site.pool.world)
+    work = site.work
     if site.alone:
         return Shared(replace(work, pairs_max=work.pairs_mean), ())
     found = [(name, exchange) for name, exchange in zip(names, exchanges(site), strict=True) if exchange is not None]
@@ -283,13 +290,22 @@ def reach_of(site: Site) -> Reach:
     domains, domain_of_rank = np.unique(site.network.domain_of[site.gpus_R], return_inverse=True)
     domain_of_ep = domain_of_rank[::etp][: pool.ep]
     touch_domain = touch_probability(moe, even, slots, domain_of_ep[ep_of_slot], len(domains))
+    if len(site.popularity_LE) > 1:  # placements differ by layer; the skew says how uneven they leave ranks, their order does not
+        touch_ep, copies_ep = np.full(pool.ep, touch_ep.mean()), np.full(pool.ep, copies_ep.mean())
+        touch_domain = np.full(len(domains), touch_domain.mean()) if _alike(domain_of_ep) else touch_domain
     skew, skew_rail = _skews(site, domain_of_ep, len(domains))
     # each of the etp ranks of an EP rank takes 1 / etp of the senders' copies (`senders` counts them etp times)
     return Reach(np.repeat(copies_ep, etp) / etp, np.repeat(touch_ep, etp) / etp, touch_domain / etp, skew, skew_rail)
 
 
+def _alike(domain_of_ep: Ints) -> bool:
+    """Whether all domains hold as many EP ranks."""
+    return len(np.unique(np.bincount(domain_of_ep))) == 1
+
+
 def _skews(site: Site, domain_of_ep: Ints, domains: int) -> tuple[float, float]:
-    """Most visited rank and domain relative to even routing, means over layers (touches, so that skew saturates)."""
+    """Most visited rank and domain relative to even routing, means over layers (touches, so that skew saturates). A rank's is
+    more by the chance of routing in a usual batch: libraries' own tests time the average rank, a layer waits for the last."""
     assert site.placement is not None and site.popularity_LE is not None and site.model.moe is not None
     if len(site.popularity_LE) == 1:
         return 1.0, 1.0
@@ -301,4 +317,7 @@ def _skews(site: Site, domain_of_ep: Ints, domains: int) -> tuple[float, float]:
         touched = 1.0 - np.clip(1.0 - share, 0.0, 1.0) ** k
         return float(touched.max(axis=1).mean() / (1.0 - (1.0 - 1.0 / share.shape[1]) ** k))
 
-    return max(1.0, excess(share_LR)), max(1.0, excess(share_LN))
+    usual = np.array([float(_USUAL_TOKENS["prefill" if site.pool.role == "prefill" else "decode"] * site.pool.dp)])
+    most = float((site.work.at(usual, site.work.pairs_max) / site.work.at(usual, site.work.pairs_mean))[0])
+    chance = max(1.0, most / float((share_LR.max(axis=1) * share_LR.shape[1]).mean()))
+    return max(1.0, excess(share_LR) * chance), max(1.0, excess(share_LN))

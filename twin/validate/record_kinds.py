@@ -199,7 +199,8 @@ def balance(record: Record) -> Found | str:
         wanted = int(slots[1]) - model.moe.experts if slots else stated(record, "decode", ranks).redundant or 32 * eplb
         redundant = redundant_slots(model.moe.experts, ranks, wanted)
         nodes = max(1, ranks // 72) if "gb" in str(record.get("gpu", "")).lower() else -(-ranks // 8)
-        excess = rank_excess(*expert_loads(model, ranks, redundant, nodes, DRIFT[phase] if eplb else 0.0, eplb))
+        away = DRIFT[phase] if eplb else 0.0
+        excess = rank_excess(*expert_loads(model, ranks, redundant, nodes, away, eplb, nodes=phase == "prefill"))
     value = float(excess.mean() - 1 if "(max-mean)" in metric or "imbalance" in metric else
                   (1 / excess).mean() if "balancedness" in metric else excess.mean())
     return Found.near(value, _SKEW_WIDTH, "calibrated")

@@ -34,7 +34,7 @@ from twin.validate.record_words import (
 # popularity has moved by 0.22 in prefill (0.944, 0.902, 0.800 with EPLB) and by less in decode, whose batches hold thousands of
 # requests (TensorRT-LLM: fullest rank 1.11 times the mean on 32 GPUs with 288 slots).
 _GROUPS, SPREAD = 8, (0.3, 0.55)
-DRIFT = {"prefill": 0.22, "decode": 0.10}
+DRIFT = {"prefill": 0.22, "decode": 0.14}
 # Balance is a mean over many batches. One batch of prompts asks for experts in its own way, the less so the more prompts it
 # holds: a prompt's demand for an expert varies by _PROMPT times its mean (the wait of 7.2 ms a layer for the fullest of 32 H100
 # in LMSYS's trace of 64 prompts). Decoding sequences bring one token each; that noise is in the cost model.
@@ -59,9 +59,10 @@ def moved(phase: str, eplb: bool, prompts: float) -> float:
 
 @lru_cache(maxsize=64)
 def expert_loads(model: ModelSpec, ep: int, redundant: int, domains: int, away: float, eplb: bool,
-                 spread: tuple[float, float] = SPREAD) -> tuple[Array, Placement]:
+                 spread: tuple[float, float] = SPREAD, *, nodes: bool = True) -> tuple[Array, Placement]:
     """Popularity of this step [L, E], `away` (log) from what was popular before, and the placement: by number without EPLB,
-    with it made for what was popular before. `spread`: of the log popularity of groups, and of experts inside one."""
+    with it made for what was popular before. `spread`: of the log popularity of groups, and of experts inside one. `nodes`:
+    groups stay on a node, as EPLB's authors have it for prefill; wider decode is balanced over all ranks."""
     assert model.moe is not None
     moe, layers = model.moe, model.moe_layers
     groups = moe.groups if moe.groups > 1 else _GROUPS
@@ -69,7 +70,7 @@ def expert_loads(model: ModelSpec, ep: int, redundant: int, domains: int, away: 
     inside = rng.standard_normal((layers, moe.experts)) * spread[1]
     before = np.exp(inside + rng.standard_normal((layers, groups))[:, np.arange(moe.experts) * groups // moe.experts] * spread[0])
     now = before * np.exp(rng.standard_normal(before.shape) * away)
-    placement = "eplb_hierarchical" if eplb else "linear"
+    placement = "linear" if not eplb else "eplb_hierarchical" if nodes else "eplb_global"
     pool = PoolPlan(role="mixed", dp=ep, ep=ep, redundant_experts=redundant, placement=placement)  # type: ignore[arg-type]
     placed = place(model, pool, before / before.sum(axis=1, keepdims=True), domains)
     shares = np.minimum(now / now.sum(axis=1, keepdims=True), 1.0 / moe.top_k)
@@ -91,9 +92,10 @@ def usual_share(site: Site) -> float:
 
 
 def redundant_slots(experts: int, ep: int, wanted: int) -> int:
-    """Redundant experts nearest to `wanted` with which all slots divide over the ranks."""
-    slots = max(int((experts + wanted) / ep + 0.5), -(-experts // ep)) * ep  # halves go up: nobody asks for none
-    return slots - experts
+    """Redundant experts nearest to `wanted` with which all slots divide over the ranks, and no fewer than half of it: who asks
+    for some would rather hold one more slot a rank than none."""
+    slots = max(int((experts + wanted) / ep + 0.5), -(-experts // ep)) * ep
+    return slots - experts + (ep if slots - experts < wanted / 2 else 0)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     if model.moe is not None and not (even or said.even):
         domains = max(1, -(-(dp * tp) // cluster.network.nvlink_domain_gpus))
         away = moved(phase, said.eplb, prompts * dp / (2 if pool.tbo else 1))
-        layout = expert_loads(model, ep, redundant, domains, away, said.eplb)
+        layout = expert_loads(model, ep, redundant, domains, away, said.eplb, nodes=phase == "prefill")
     costs = CostModel(model, cluster, plan, pool, profile=evidence())
     if layout is not None:
         costs = costs.relaid(*layout)
