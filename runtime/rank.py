@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from runtime.comm.experts import ExpertComm, graph_rows, make_expert_comm
 from runtime.comm.group import Group, TensorGroup, make_group, solo
+from runtime.comm.waiting import Waiting
 from runtime.compiles import compiles
 from runtime.kv import kv_shape, make_kv
 from runtime.layout import RankLayout, layouts
@@ -57,8 +58,8 @@ class Groups:
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
     steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
-    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`); `progress` is there where
-    KV leaves while its prompt is computed."""
+    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`);
+    `progress` is there where KV leaves while its prompt is computed."""
 
     model: ModelSpec
     pool: PoolPlan
@@ -185,7 +186,7 @@ def tensor_group(model: ModelSpec, pool: PoolPlan, group: Group, options: Engine
 
     room = Room(rows, max(model.hidden, -(-model.vocab // group.size)) * DTYPES[options.dtype].itemsize)
     return SymmetricGroup(group, lambda size: share_memory(group.pg, group.size, size, device), room, device,
-                          options.start_timeout_s)
+                          Waiting(group.ranks, options.start_timeout_s))
 
 
 def held_rows(tp: TensorGroup, most: int) -> int:

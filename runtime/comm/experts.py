@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,6 +20,9 @@ from runtime.comm.waiting import Waiting
 from runtime.layout import RankLayout
 from twin.spec.errors import SpecError
 from twin.spec.plan import CommBackend
+
+if TYPE_CHECKING:
+    from runtime.comm.symm import Allocate
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,13 @@ class Symmetric:
     """Through symmetric memory (`runtime.comm.symm`), which a CUDA graph can hold. Steps in which a rank may bring more
     than `most` tokens go by `AllToAll`: buffers of fixed size would be large and mostly padding."""
 
-    def __init__(self, group: Group, at: RankLayout, *, fp8: bool, timeout_s: float, most: int = 512) -> None:
+    def __init__(self, group: Group, at: RankLayout, waiting: Waiting, *, fp8: bool, most: int = 512,
+                 allocate: Allocate | None = None) -> None:
+        """`allocate` shares memory (None: symmetric memory of CUDA devices over the group)."""
         from runtime.comm.symm import SymmExchange, over  # needs triton
 
-        self.waiting = Waiting(group.ranks, timeout_s)
-        self.exchange = SymmExchange(over(group.pg), group.index, self.waiting, slots_per_rank=at.slots_per_rank,
+        self.waiting = waiting
+        self.exchange = SymmExchange(allocate or over(group.pg), group.index, waiting, slots_per_rank=at.slots_per_rank,
                                      expert_tp=at.expert_tp, fp8=fp8)
         self._large, self.most = AllToAll(group, at), most
 
@@ -196,7 +201,7 @@ def make_expert_comm(backend: CommBackend, group: Group, at: RankLayout, *, devi
     if backend == "symm" and device != "cuda":
         raise SpecError("symmetric memory needs CUDA devices", field="comm", expected="auto, gloo or ag_rs on CPUs")
     if backend == "symm":
-        return Symmetric(group, at, fp8=fp8, timeout_s=timeout_s)
+        return Symmetric(group, at, Waiting(group.ranks, timeout_s), fp8=fp8)
     if backend in ("gloo", "nccl"):
         return AllToAll(group, at)
     if backend == "ag_rs":

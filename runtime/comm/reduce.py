@@ -39,11 +39,9 @@ class Room:
 class SymmetricGroup:
     """A group's end. All ranks make the same calls in the same order, on one stream. Numbers are floats, on `device`."""
 
-    def __init__(self, group: Group, allocate: Allocate, room: Room, device: torch.device, timeout_s: float, *,
-                 timed: bool = True) -> None:
-        self._group, self._timed, self.room = group, timed, room
-        self.waiting = Waiting(group.ranks, timeout_s)
-        self._patience = self.waiting.ready(device)
+    def __init__(self, group: Group, allocate: Allocate, room: Room, device: torch.device, waiting: Waiting) -> None:
+        self._group, self.room, self.waiting = group, room, waiting
+        self._patience = waiting.ready(device)
         set_bytes = -(-room.held_rows * room.row_bytes // _ALIGN) * _ALIGN
         flags = kernels.SETS * set_bytes
         memory, bases_W, keep = allocate(flags + kernels.MOST_PROGRAMS * kernels.flag_lanes(group.size) * 4)
@@ -63,14 +61,14 @@ class SymmetricGroup:
         """Sum over the group, in place; returns x."""
         if not self._fits(x):
             return self._group.all_reduce(x)
-        return kernels.share(x, x, self._shared, self._counters, self._patience, gather=False, timed=self._timed)
+        return kernels.share(x, x, self._shared, self._counters, self._patience, gather=False)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[size, *x.shape]; all members give the same shape."""
         if not self._fits(x):
             return self._group.all_gather(x)
         out = x.new_empty((self.size, *x.shape))
-        return kernels.share(x, out, self._shared, self._counters, self._patience, gather=True, timed=self._timed)
+        return kernels.share(x, out, self._shared, self._counters, self._patience, gather=True)
 
     def _fits(self, x: torch.Tensor) -> bool:
         return 0 < x.numel() * x.element_size() <= self._shared.set_bytes and x.is_contiguous()

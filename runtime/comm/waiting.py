@@ -22,8 +22,9 @@ class Waiting:
     """Barriers of one rank among `ranks` (global numbers). A rank that does not come within `timeout_s` is lost: nobody waits
     any more, results are void, and `check` says who it was. `call_off` ends all waiting at once."""
 
-    def __init__(self, ranks: Sequence[int], timeout_s: float) -> None:
-        self.ranks, self.timeout_s = tuple(ranks), timeout_s
+    def __init__(self, ranks: Sequence[int], timeout_s: float, *, timed: bool = True) -> None:
+        """Without `timed` patience is counted in polls, a billion a second, for kernels that run where there is no clock."""
+        self.ranks, self.timeout_s, self._timed = tuple(ranks), timeout_s, timed
         self.patience: Patience | None = None
         self.memory: list[Any] = []
         self._called_off = False
@@ -38,7 +39,8 @@ class Waiting:
             alarm, off = (torch.zeros(n, dtype=torch.int32, pin_memory=device.type == "cuda") for n in (world, 1))
             off.fill_(int(self._called_off))
             limit = torch.tensor([int(self.timeout_s * 1e9)], device=device)
-            self.patience = Patience(limit, torch.zeros(world + 1, dtype=torch.int32, device=device), alarm, off)
+            self.patience = Patience(limit, torch.zeros(world + 1, dtype=torch.int32, device=device), alarm, off,
+                                     self._timed)
         return self.patience
 
     def be_patient(self, timeout_s: float) -> None:

@@ -44,8 +44,8 @@ class Shared:
     flags: int
 
 
-def share(x_N: torch.Tensor, out: torch.Tensor, shared: Shared, counters: torch.Tensor, patience: Patience, *, gather: bool,
-          timed: bool = True) -> torch.Tensor:
+def share(x_N: torch.Tensor, out: torch.Tensor, shared: Shared, counters: torch.Tensor, patience: Patience, *,
+          gather: bool) -> torch.Tensor:
     """Fill `out` with the sum of all ranks' x [N] (in fp32, rounded once), or with all of them [W, N]. A sum may go into x.
 
     `counters` [2] int32 count calls, and programs of a call that have ended. Ranks that do not come: see `Patience`.
@@ -57,7 +57,7 @@ def share(x_N: torch.Tensor, out: torch.Tensor, shared: Shared, counters: torch.
     _share_kernel[(min(MOST_PROGRAMS, triton.cdiv(count, block)),)](
         x_N, out, shared.bases_W, counters, count // unit, shared.index, shared.data, shared.set_bytes, shared.flags,
         patience.limit, patience.lost_W1, patience.alarm_W, patience.off, WORLD=shared.world, LANES=flag_lanes(shared.world),
-        UNIT=unit, GATHER=gather, BLOCK=block, POLLS=_POLLS, TIMED=timed, num_warps=1,
+        UNIT=unit, GATHER=gather, BLOCK=block, POLLS=_POLLS, TIMED=patience.timed, num_warps=1,
     )  # fmt: skip
     return out
 

@@ -112,7 +112,7 @@ def gather_sum(slots_TK: torch.Tensor, like_TH: torch.Tensor, peers: Peers, at: 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long barriers wait and what ends waiting. `limit` [1] int64: nanoseconds (polls where they are not timed).
+    """How long barriers wait and what ends waiting. `limit` [1] int64: nanoseconds, or polls where they are not `timed`.
     `lost_W1` [W + 1] int32: ranks that did not come in time, and, last, whether waiting was called off; while any is set
     nobody is waited for. `alarm_W` says the same of ranks, and `off` [1] calls off: both int32, where the host may read and
     write them while the device runs (pinned memory)."""
@@ -121,10 +121,10 @@ class Patience:
     lost_W1: torch.Tensor
     alarm_W: torch.Tensor
     off: torch.Tensor
+    timed: bool = True
 
 
-def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, patience: Patience, *,
-         timed: bool = True) -> None:
+def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, patience: Patience) -> None:
     """Wait until every present rank is here; what ranks wrote before is then visible to those that they wrote to.
 
     `turn` [1] int32 counts meetings. Ranks still missing when patience ends are marked as lost, unless it was called off.
@@ -133,7 +133,7 @@ def meet(peers: Peers, at: Places, turn: torch.Tensor, present_W: torch.Tensor, 
     """
     _meet_kernel[(1,)](peers.bases_W, at.flags, turn, present_W, patience.limit, patience.lost_W1, patience.alarm_W,
                        patience.off, peers.index, WORLD=peers.world, LANES=max(2, triton.next_power_of_2(peers.world)),
-                       POLLS=_POLLS, TIMED=timed, num_warps=1)
+                       POLLS=_POLLS, TIMED=patience.timed, num_warps=1)
 
 
 def _block(hidden: int) -> int:

@@ -54,6 +54,20 @@ CUTS = [
 ]
 
 
+MATRIX = [{"dp": dp, "tp": tp, "ep": ep, "comm": comm} for dp in (1, 2, 4) for tp in (1, 2) for ep in (1, 2, 4, 8)
+          for comm in ("gloo", "ag_rs") if dp * tp % ep == 0 and dp * tp > 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", MATRIX, ids=lambda cut: "-".join(f"{k}{v}" for k, v in cut.items()))
+def test_all_of_ep_tp_and_dp_equal_transformers(checkpoints: Checkpoints, cut: dict[str, object]) -> None:
+    """With replicas where experts are spread; symmetric memory has tests of its own, in the interpreter and on a GPU."""
+    made = checkpoints["deepseek_v3"]
+    plan = plan_of(**cut, redundant_experts=cut["ep"] if cut["ep"] > 1 else 0)
+    results = fork_world(plan.gpus, made.folder.parent, generate, made.model, plan, str(made.folder), made.prompts, NEW_TOKENS)
+    check(made, results)
+
+
 @pytest.mark.parametrize(("name", "cut"), CUTS, ids=[f"{n}-{'-'.join(f'{k}{v}' for k, v in c.items())}" for n, c in CUTS])
 def test_every_cut_equals_transformers(checkpoints: Checkpoints, name: str, cut: dict[str, object]) -> None:
     made = checkpoints[name]

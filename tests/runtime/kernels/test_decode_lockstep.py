@@ -17,11 +17,14 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime_worlds import Served, fork_world, serve
-from test_symm_reduce import allocator, shared_bytes
+from test_symm_reduce import allocator, poll_gently, shared_bytes
 
 from runtime.batch import Segment, StepInput
+from runtime.comm.experts import Symmetric
 from runtime.comm.group import make_group
 from runtime.comm.reduce import Room, SymmetricGroup
+from runtime.comm.symm import SETS, Allocate, Buffers, Shape
+from runtime.comm.waiting import Waiting
 from runtime.decode import DecodeRunner, Drawn
 from runtime.model.transformer import Transformer
 from runtime.ops import ops_for
@@ -50,8 +53,10 @@ class Logged(DecodeRunner):
 
 
 def follow(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str,
-           requests: list[tuple[list[int], SamplingParams]], maps: list[mmap.mmap]) -> tuple[Served, Log, list[int]]:
+           requests: list[tuple[list[int], SamplingParams]], maps: list[mmap.mmap],
+           symm: bool = False) -> tuple[Served, Log, list[int]]:
     """One rank of the world: what it served, what its runner did, in how many parts."""
+    poll_gently()
     log: Log = []
     halves: list[int] = []
     pool = plan.pools[0]
@@ -59,11 +64,16 @@ def follow(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str,
     def fit(rank: Rank) -> Rank:
         plain = rank.transformer
         rig = replace(plain.rig, ops=ops_for("triton"))
+        if symm:
+            waiting = Waiting(range(rank.at.world), 1e9, timed=False)
+            allocate = exchange_allocator(maps[rank.at.world:], rank.at.local_rank)
+            rig = replace(rig, experts=Symmetric(rank.groups.instance, rank.at, waiting, fp8=False, allocate=allocate))
         if rank.at.tp > 1:
             groups = [make_group(range(first, first + rank.at.tp), rank_no, 20) for first in range(0, rank.at.world, rank.at.tp)]
             ranks = slice(rank.at.dp_rank * rank.at.tp, (rank.at.dp_rank + 1) * rank.at.tp)
             rig = replace(rig, tp=SymmetricGroup(groups[rank.at.dp_rank], allocator(maps[ranks], rank.at.tp_rank),
-                                                 Room(8, model.hidden * 4), rank.device, 1e9, timed=False))
+                                                 Room(8, model.hidden * 4), rank.device,
+                                                 Waiting(groups[rank.at.dp_rank].ranks, 1e9, timed=False)))
         transformer = Transformer(model, rank.at, plain.params, rig, rank.placement)
         runner = Logged(transformer, rank.kv, pool.block_tokens, most=MOST, max_context=32, sizes=ladder(MOST),
                         halve_from=pool.tbo_min_tokens if pool.tbo else None)
@@ -76,9 +86,18 @@ def follow(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str,
             return hidden(steps, kv, capacity)
 
         transformer.hidden = spied  # type: ignore[method-assign]
-        return replace(rank, decode=runner, transformer=transformer)
+        return replace(rank, decode=runner, transformer=transformer, experts=rig.experts)
 
     return serve(rank_no, model, plan, checkpoint, requests, fit), log, halves
+
+
+def exchange_allocator(maps: list[mmap.mmap], index: int) -> Allocate:
+    """The exchange's buffers in memory of all forked ranks."""
+    def allocate(shape: Shape, device: torch.device) -> Buffers:
+        memory, bases, keep = allocator(maps, index)(shape.total_bytes)
+        return Buffers(shape, memory, bases, torch.zeros(SETS, dtype=torch.int32), keep)
+
+    return allocate
 
 
 def tiny(folder: Path) -> ModelSpec:
@@ -100,17 +119,20 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13], [14, 15], [16]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forked ranks cannot share a CUDA context")
+@pytest.mark.parametrize("symm", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ag_rs", "symm"])
 @pytest.mark.parametrize("cut", [
-    {"dp": 1, "tp": 2, "ep": 2}, {"dp": 2, "ep": 2, "tbo": True, "tbo_min_tokens": 2},
-    {"dp": 1, "tp": 2, "ep": 2, "tbo": True, "tbo_min_tokens": 3}, {"dp": 2, "tp": 2, "ep": 4, "tbo": True, "tbo_min_tokens": 2},
-], ids=str)
-def test_tensor_parallel_ranks_and_halves_give_the_same_tokens(tmp_path: Path, cut: dict[str, object]) -> None:
-    """Against one process; leaders of TP ranks schedule, their peers follow."""
+    pytest.param({"dp": 1, "tp": 2, "ep": 2}, marks=pytest.mark.slow), {"dp": 2, "ep": 2, "tbo": True, "tbo_min_tokens": 2},
+    {"dp": 1, "tp": 2, "ep": 2, "tbo": True, "tbo_min_tokens": 3},
+    pytest.param({"dp": 2, "tp": 2, "ep": 4, "tbo": True, "tbo_min_tokens": 2}, marks=pytest.mark.slow),
+    pytest.param({"dp": 2, "tp": 2, "ep": 2}, marks=pytest.mark.slow)], ids=str)
+def test_tensor_parallel_ranks_and_halves_give_the_same_tokens(tmp_path: Path, cut: dict[str, object], symm: bool) -> None:
+    """Against one process; leaders of TP ranks schedule, their peers follow. With `symm` tokens travel to experts as they do
+    between CUDA devices."""
     model = tiny(tmp_path / "model")
     requests = list(zip(PROMPTS[:4], greedy(5, 3, 4, 2), strict=True))
     pool = pool_of(**cut)
     args = (model, Plan(pools=(pool,)), str(tmp_path / "model"), requests)
-    worlds = fork_world(pool.world, tmp_path, follow, *args, shared_bytes(pool.world))
+    worlds = fork_world(pool.world, tmp_path, follow, *args, shared_bytes(2 * pool.world, 1 << 20), symm)
     alone = serve(0, model, Plan(pools=(pool_of(),)), str(tmp_path / "model"), requests).outputs
     found: dict[int, list[int]] = {}
     for served, _, _ in worlds:

@@ -27,8 +27,8 @@ class World:
         self.device, self.expert_tp = device, expert_tp
         self._memories: dict[Shape, list[torch.Tensor]] = {}
         self.slots_per_rank = SLOTS // (ranks // expert_tp)
-        self.ranks = [SymmExchange(self._allocate(r), r, Waiting(range(ranks), 3.0), slots_per_rank=self.slots_per_rank,
-                                   expert_tp=expert_tp, **options) for r in range(ranks)]
+        self.ranks = [SymmExchange(self._allocate(r), r, Waiting(range(ranks), 3.0, timed=False),
+                                   slots_per_rank=self.slots_per_rank, expert_tp=expert_tp, **options) for r in range(ranks)]
 
     def _allocate(self, rank: int) -> Callable[[Shape, torch.device], Buffers]:
         def allocate(shape: Shape, device: torch.device) -> Buffers:
@@ -118,7 +118,7 @@ def meet(world: World, rank: int, polls: int) -> None:
     assert state is not None
     patience = exchange.waiting.ready(world.device)
     patience.limit.fill_(polls)
-    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, patience, timed=False)
+    kernels.meet(exchange._peers(buffers), buffers.shape.places(0), buffers.turns[:1], state.present_W, patience)
     if world.device.type == "cuda":
         torch.cuda.synchronize()
 
