@@ -56,6 +56,8 @@ class DecodeRunner:
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._size = self._left = 0
+        self._tables = np.zeros((most, width), dtype=np.int32)  # what the device has, or is about to
+        self._blocks: list[list[int]] = [[] for _ in range(most)]
 
     def capture(self) -> None:
         """Capture every size into one memory pool, as all ranks of the instance must at the same time: each size runs once
@@ -86,6 +88,7 @@ class DecodeRunner:
         context, width = min(1024, self.max_context), self.tables_BP.shape[1]
         tables = torch.arange(size * width, dtype=torch.int32, device=self.ids_B.device) % len(self.kv[0])
         self.tables_BP[:size] = tables.view(size, width)
+        self._blocks = [[] for _ in range(self.most)]
         self.lens_B.zero_()
         self.ids_B[:size] = torch.arange(size, device=self.ids_B.device) * 7919 % self.transformer.model.vocab
         seconds, logits = [], torch.empty(0)
@@ -134,18 +137,24 @@ class DecodeRunner:
         return Drawn(drawn.logits[:n], drawn.tokens[:n], drawn.states[:n])
 
     def _load(self, segments: Sequence[Segment]) -> None:
-        n, lens = len(segments), np.zeros(self._size, dtype=np.int32)
-        lens[:n] = [s.start + 1 for s in segments]
-        ids = np.fromiter((s.token_ids[0] for s in segments), dtype=np.int64, count=n)
-        most = self.tables_BP.shape[1]
-        width = max((min(len(s.blocks), most) for s in segments), default=0)
-        tables = np.zeros((n, width), dtype=np.int32)
-        for row, segment in zip(tables, segments, strict=True):
-            row[:len(segment.blocks)] = segment.blocks[:width]
-        self._left = min((min(len(s.blocks), most) * self.block_tokens - s.start - 1 for s in segments), default=0)
+        n, starts = len(segments), [s.start for s in segments]
+        lens = np.zeros(self._size, dtype=np.int32)
+        lens[:n] = starts
+        lens[:n] += 1
+        most, changed = self.tables_BP.shape[1], False
+        for i, segment in enumerate(segments):  # a table changes once a block; which rows are whose, when somebody leaves
+            blocks = list(segment.blocks)
+            if blocks != self._blocks[i]:
+                self._blocks[i], changed = blocks, True
+                self._tables[i, :len(blocks)] = blocks[:most]
+        held = [min(len(blocks), most) for blocks in self._blocks[:n]]
+        self._left = min((count * self.block_tokens - start - 1 for count, start in zip(held, starts, strict=True)), default=0)
         assert self._left >= 0, "a table too short for its context"
-        for target, values in ((self.ids_B[:n], ids), (self.lens_B[:self._size], lens), (self.tables_BP[:n, :width], tables)):
-            target.copy_(torch.from_numpy(values))
+        self.ids_B[:n].copy_(torch.tensor([s.token_ids[0] for s in segments], dtype=torch.int64))
+        self.lens_B[:self._size].copy_(torch.from_numpy(lens))
+        if changed:
+            width = max(held)
+            self.tables_BP[:n, :width].copy_(torch.from_numpy(self._tables[:n, :width]))
 
     def _step(self, size: int) -> Drawn:
         lens, tables = self.lens_B[:size], self.tables_BP[:size]

@@ -297,7 +297,8 @@ class Desk:
                 given += 1
             if not segment.is_prefill:
                 taken.gained[request.request_id] = given
-                taken.count(len(segment.token_ids) - 1, len(tokens) - 1)
+                if len(segment.token_ids) > 1:
+                    taken.count(len(segment.token_ids) - 1, len(tokens) - 1)
             if reason == "stop":
                 taken.stopped.add(request.request_id)
             if given and request.hands_over and (reason is None or request.told):  # what was told of may be on its way

@@ -73,8 +73,9 @@ def segments_of(plan: StepPlan, requests: dict[int, LiveRequest], table: Any,
     segments, owners = [], []
     for request_id, width in zip(plan.decode, plan.decode_tokens, strict=True):
         request = requests[request_id]
-        ids = request.tokens[-1:] + (drafts(request, width - 1) if width > 1 else [])
-        segments.append(Segment(ids, len(request.tokens) - 1, table(request_id)))
+        tokens = request.tokens
+        ids = tokens[-1:] if width == 1 else tokens[-1:] + drafts(request, width - 1)
+        segments.append(Segment(ids, len(tokens) - 1, table(request_id)))
         owners.append(request)
     for chunk in plan.prefill:
         request = requests[chunk.request_id]

@@ -51,6 +51,8 @@ def verify(segments: Sequence[Segment], owners: Owners, logits_RV: torch.Tensor,
            greedy_R: torch.Tensor | None = None) -> list[list[int]]:
     """New tokens of every segment: the drafts that stand and one more; none for a prompt still in progress."""
     widths = [0 if not s.wants_logits else 1 if s.is_prefill else len(s.token_ids) for s in segments]
+    if widths.count(1) == len(widths):
+        return [[token] for token in draw(logits_RV, owners, [0] * len(widths), greedy_R)]
     rows = [owner for owner, width in zip(owners, widths, strict=True) for _ in range(width)]
     drawn = draw(logits_RV, rows, [far for width in widths for far in range(width)], greedy_R)
     found, row = [], 0
