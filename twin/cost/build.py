@@ -11,7 +11,7 @@ import numpy as np
 from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
 from twin.cost.comm import Exchange, Reach, compile_exchange, loads_of
-from twin.cost.engines import OUR_ENGINE, Engine
+from twin.cost.engines import LATE_SHOWN, OUR_ENGINE, WIDE_LATE_PROMPTS, Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
 from twin.cost.measured import Ask, Measured, RowTable, split_measured
@@ -181,7 +181,10 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
     slower = np.log(site.engine.collectives_scale)
     collectives = [replace(one, log_s=one.log_s + slower) for one in collectives]
     last = typical_max(site.pool.world) if shared.exchanges else 0.0
-    share = site.engine.late_share * last / max(len(shared.exchanges), 1) if site.wide else 0.0
+    late = site.engine.late_share
+    if site.pool.role == "prefill":
+        late = WIDE_LATE_PROMPTS * (LATE_SHOWN if compute_share < 1.0 else 1.0)
+    share = late * last / max(len(shared.exchanges), 1) if site.wide else 0.0
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
                  site.engine.late_s * last, share, site.pool.dp, model.layers, output_share(model))
 

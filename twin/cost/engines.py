@@ -136,6 +136,9 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
 # How ranks of DeepEP pools wait for one another: on 96 H100 under SGLang exchanges take 0.1 ms a layer longer in decode than
 # alone, and even loads leave bubbles of 3 to 7% in prefill (LMSYS, 2025-05).
 _WIDE_LATE_S, _WIDE_LATE_SHARE = 8e-6, 0.02
+# Prompts make ranks later: barriers of even loads take 12 to 13% of a layer there, 2.1 ms of 12.6 at the dispatch without overlap
+# (the same traces). Under two-batch overlap most of it passes beside the other half: totals show this part.
+WIDE_LATE_PROMPTS, LATE_SHOWN = 0.05, 0.4
 # Kernels beside another half batch's exchanges, their missing SMs apart: a layer's take 1.22 to 1.36 times as long there in
 # prefill, where 108 of 132 SMs alone would be 1.22 (the same layer times).
 _WIDE_TBO_SLOWDOWN = 1.10
