@@ -1,14 +1,14 @@
 """Fit `twin/cost/profiles/deployments.json` on a table of public deployments, and say how well that carries over.
 
     python -m benchmarks.fit_deployments silicon.csv --half fit --out half.json     # judged on the other half
-    python -m benchmarks.fit_deployments silicon.csv --half all                     # what ships
+    python -m benchmarks.fit_deployments silicon.csv --half all --like half.json    # what ships
 
 Each row is predicted three times: as it is, with decode steps a tenth longer, and with prompt steps a tenth longer. In logs
 its errors are then linear in the factors of the keys that it fits (`twin.cost.deployments.keys_of`), which least absolute
 deviations with a pull towards zero find for all rows at once; two rounds, since lines bend. Errors of rows that a fit has not
 seen choose the pull: five folds over rows, over whole configurations, and over all of a model's in one format on one
 generation under an engine. The same errors, a configuration weighing the root of its rows, give the widths of
-intervals (`twin.cost.deployments.NEAR`).
+intervals (`twin.cost.deployments.NEAR`). With `--like` the pull and the widths are those of a fit that was judged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from twin.cost.deployments import NEAR, NONE, SHIPPED, Deployments, Key, keys_of
+from twin.cost.deployments import NEAR, NONE, SHIPPED, Deployments, Key, keys_of, load_deployments
 from twin.cost.engines import ENGINES, Engine
 from twin.cost.model import CostModel
 from twin.spec.cluster import ClusterSpec
@@ -99,20 +99,20 @@ def keys_for(question: Question) -> tuple[Key, ...]:
     return keys_of(plan.engine, gpu, question.model, plan.precision, plan.pools[-1])
 
 
-def look(questions: Sequence[Question], seed: int, deployments: Deployments) -> list[Seen]:
-    """Predict rows and their slopes."""
+def look(questions: Sequence[Question], seed: int, deployments: Deployments, bare: bool = True) -> list[Seen]:
+    """Predict rows and their slopes; `bare` also with nothing fitted at all."""
     plain, found = Answers(seed, deployments=deployments), []
     nudged = [Answers(seed, deployments=_Nudged(deployments.log_factors, nudge)) for nudge in ((_NUDGE, 0.0), (0.0, _NUDGE))]
-    unfitted = _Unfitted(seed)
+    asked = [plain, *nudged, *([_Unfitted(seed)] if bare else [])]
     for q in questions:
         try:
-            at = [a.answer(q) for a in (plain, *nudged, unfitted)]
+            at = [a.answer(q) for a in asked]
         except EptwinError:
             continue
         logs = np.log([[a.tpot_s / q.measured_tpot_s, a.ttft_s / q.measured_ttft_s] for a in at])
         d, p = (logs[1:3] - logs[0]) / _NUDGE
         found.append(Seen(q.row.configuration, q.model.moe is not None, keys_for(q), (logs[0][0], logs[0][1]),
-                          ((d[0], p[0]), (d[1], p[1])), at[0].step_width, (logs[3][0], logs[3][1]), len(q.plan.pools) > 1))
+                          ((d[0], p[0]), (d[1], p[1])), at[0].step_width, (logs[-1][0], logs[-1][1]), len(q.plan.pools) > 1))
     return found
 
 
@@ -237,6 +237,22 @@ def fit(questions: list[Question], seed: int, workers: int, rounds: int) -> tupl
     return found, report
 
 
+def fit_like(judged: Path, questions: list[Question], seed: int, workers: int, rounds: int) -> tuple[Deployments, dict[str, Any]]:
+    """Factors at the pull of a fit that was judged, with its widths."""
+    before, pull = load_deployments(judged), float(json.loads(judged.read_text(encoding="utf-8"))["report"]["pull"])
+    found, report = replace(before, log_factors={}), {"pull": pull, "like": judged.name}
+    parts = [questions[i::workers * 4] for i in range(workers * 4)]
+    for _ in range(rounds):
+        with ProcessPoolExecutor(workers) as pool:
+            look_at = partial(look, seed=seed, deployments=found, bare=False)
+            seen = [s for part in pool.map(look_at, parts) for s in part]
+        now = solve(seen, pull, found)
+        report["inside"] = summary(left_over(seen, now, found), seen)
+        click.echo(f"inside: {report['inside']}")
+        found = replace(found, log_factors=now.log_factors)
+    return found, report
+
+
 def _loss(errors: Sequence[Array]) -> float:
     """Mean bounded error of TPOT and, half as heavy, of TTFT."""
     return float(np.mean([(np.minimum(np.abs(e), _BOUND) @ [1.0, _TTFT_WEIGHT]).mean() for e in errors]))
@@ -248,10 +264,12 @@ def _loss(errors: Sequence[Array]) -> float:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--like", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A fit that was judged.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=SHIPPED, show_default=True)
-def main(table: Path, half: str, seed: int, rounds: int, workers: int, out: Path) -> None:
+def main(table: Path, half: str, seed: int, rounds: int, workers: int, like: Path | None, out: Path) -> None:
     """Fit and write."""
-    found, report = fit(chosen(table, half, seed), seed, workers, rounds)
+    questions = chosen(table, half, seed)
+    found, report = fit(questions, seed, workers, rounds) if like is None else fit_like(like, questions, seed, workers, rounds)
     entries = [{"key": list(key), "log_decode": round(d, 4), "log_prefill": round(p, 4)}
                for key, (d, p) in sorted(found.log_factors.items())]
     write_text(out, json.dumps({"table": table.name, "half": half, "seed": seed, "report": report, "widths": found.widths,
