@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from runtime.batch import StepInput
 from twin.spec.errors import SpecError
 from twin.spec.model import MoE
+
+if TYPE_CHECKING:
+    from runtime.kernels.products import Rows8  # needs triton
 
 SWIGLU_ALPHA = 1.702
 """Slope of the sigmoid in gpt-oss's clamped SwiGLU (`swiglu_alpha` of its configuration)."""
@@ -71,6 +74,17 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Down(NamedTuple):
+    """MLA's projections down to queries and to the latent; `both`: of fp8 weights, one over the other [Q + L + R, H]."""
+
+    q: Weight
+    q_bias: torch.Tensor | None
+    q_norm: Norm
+    kv: Weight
+    kv_bias: torch.Tensor | None
+    both: Fp8Weight | None = None
+
+
 class TorchOps:
     """Reference operators. Padded slots (-1) are not understood here: the eager path makes none."""
 
@@ -110,9 +124,21 @@ class TorchOps:
         """(`experts`, the residual stream that it is yet to be added to), or (None, their sum)."""
         return self.experts(x_TH, slots_TK, weights_TK, w, limit), residual_TH
 
-    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: torch.Tensor | Rows8, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x weight' + bias."""
+        assert isinstance(x, torch.Tensor)
         return F.linear(x, weight.wide(x.dtype) if isinstance(weight, Fp8Weight) else weight, bias)
+
+    def norm_down(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm,
+                  down: Down) -> tuple[torch.Tensor | Rows8, torch.Tensor, torch.Tensor]:
+        """(normed low-rank queries, to be given to `linear`; latents; the sum) of `add_norm`'s norm."""
+        normed, residual_TH = self.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
+        latent_TL = self.linear(normed, down.kv, down.kv_bias)
+        return self.rms_norm(self.linear(normed, down.q, down.q_bias), *down.q_norm), latent_TL, residual_TH
+
+    def gated_ffn(self, x_TH: torch.Tensor, w13: Weight, w2: Weight) -> torch.Tensor:
+        """`linear` of `gated` of `linear`."""
+        return self.linear(self.gated(self.linear(x_TH, w13), None), w2)
 
     def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
                    norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float,

@@ -23,6 +23,18 @@ def weight_of(params: dict[str, torch.Tensor], name: str) -> Weight:
     return params[name] if scale is None else Fp8Weight(params[name], scale)
 
 
+def join(params: dict[str, torch.Tensor], first: str, second: str) -> Fp8Weight | None:
+    """One fp8 matrix over another as one, of which the parameters become parts; None unless both are fp8."""
+    a, b = weight_of(params, first), weight_of(params, second)
+    if not isinstance(a, Fp8Weight) or not isinstance(b, Fp8Weight):
+        return None
+    both = Fp8Weight(torch.cat([a.data.view(torch.uint8), b.data.view(torch.uint8)]).view(FP8), torch.cat([a.scale, b.scale]))
+    rows = len(a.scale)
+    for name, part in ((first, slice(None, rows)), (second, slice(rows, None))):
+        params[name], params[f"{name}.scale"] = both.data[part], both.scale[part]
+    return both
+
+
 def quantise(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The parameters with fp8 matrices and `<name>.scale` beside them; the wide ones are let go one by one."""
     out: dict[str, torch.Tensor] = {}

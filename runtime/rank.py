@@ -172,7 +172,7 @@ def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any
         tune(decode.transformer, decode.sizes)
     decode.capture()
     steps = confirm(decode) if tuned and alone else {}
-    parts = ops.few.report() if isinstance(ops, FewRowsOps) else []
+    parts = [*ops.few.report(), *ops.products.report()] if isinstance(ops, FewRowsOps) else []
     return {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
 
 

@@ -6,6 +6,7 @@ Nothing here asks the device for a value, so that a step whose sizes are known o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,13 @@ from torch.nn.attention.bias import causal_lower_right
 from runtime.batch import StepInput
 from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
-from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
+from runtime.kernels.fused import add_rmsnorm, add_rmsnorm_quant, silu_mul, silu_mul_quant
 from runtime.kernels.gate import gate_topk, router_logits
 from runtime.kernels.moe_layer import moe_layer
+from runtime.kernels.products import Rows8, fp8_product_gated, fp8_product_normed, row_fits
 from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
-from runtime.ops import SWIGLU_ALPHA, ExpertWeights, Fp8Weight, Router, TorchOps, Weight
+from runtime.ops import SWIGLU_ALPHA, Down, ExpertWeights, Norm, Router, TorchOps, Weight
+from runtime.products import Products, cut_product, narrow, torch_product
 from twin.spec.model import MoE
 
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -35,6 +38,11 @@ class TritonOps(TorchOps):
 
     name = "triton"
 
+    @cached_property
+    def products(self) -> Products:
+        """Which kernels serve fp8 products; empty unless filled."""
+        return Products()
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if x.dim() == 2 and x.shape[0]:
             return add_rmsnorm(x, weight, eps)
@@ -48,12 +56,41 @@ class TritonOps(TorchOps):
             return add_rmsnorm(residual_TH, weight, eps), residual_TH
         return add_rmsnorm(x_TH, weight, eps, residual_TH), residual_TH
 
-    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: torch.Tensor | Rows8, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
+            assert isinstance(x, torch.Tensor)
             return F.linear(x, weight, bias)
-        if not x.is_cuda or not len(x):
+        rows = len(x.data if isinstance(x, Rows8) else x)
+        share = self.products.find(rows, weight)
+        if share is not None:
+            return cut_product(narrow(x), weight, share, bias)
+        if isinstance(x, torch.Tensor) and not (x.is_cuda and rows):
             return super().linear(x, weight, bias)
-        return _fp8_linear(x, weight, bias)
+        return torch_product(narrow(x), weight, bias)
+
+    def norm_down(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm,
+                  down: Down) -> tuple[torch.Tensor | Rows8, torch.Tensor, torch.Tensor]:
+        both = down.both
+        share = None if both is None else self.products.find(len(residual_TH), both)
+        if both is None or not len(residual_TH) or not (share or residual_TH.is_cuda):
+            return super().norm_down(x_TH, residual_TH, norm, down)
+        rows = Rows8(*add_rmsnorm_quant(residual_TH if x_TH is None else x_TH, norm.weight, norm.eps,
+                                        None if x_TH is None else residual_TH), residual_TH.dtype)
+        if share is not None and row_fits(len(down.q_norm.weight), share):
+            q, latent = fp8_product_normed(rows, both.data, both.scale, share, down.q_norm)
+            return q, latent, residual_TH
+        q_TQ, latent = self.linear(rows, both).tensor_split((len(down.q_norm.weight),), -1)
+        return self.rms_norm(q_TQ, *down.q_norm), latent, residual_TH
+
+    def gated_ffn(self, x_TH: torch.Tensor, w13: Weight, w2: Weight) -> torch.Tensor:
+        if isinstance(w13, torch.Tensor):
+            return super().gated_ffn(x_TH, w13, w2)
+        share = self.products.find(len(x_TH), w13)
+        if share is not None and row_fits(len(w13.data) // 2, share):
+            return self.linear(fp8_product_gated(narrow(x_TH), w13.data, w13.scale, share), w2)
+        if not (x_TH.is_cuda and len(x_TH)):
+            return super().gated_ffn(x_TH, w13, w2)
+        return self.linear(Rows8(*silu_mul_quant(self.linear(x_TH, w13)), x_TH.dtype), w2)
 
     def rope_store(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
                    norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float,
@@ -144,13 +181,6 @@ class TritonOps(TorchOps):
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
                          limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH,
                          x_scale_T=scale_N)
-
-
-def _fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Both sides in fp8, scales a row of each, summed in fp32."""
-    narrow, scale = quant_fp8_rows(x.contiguous())
-    return torch._scaled_mm(narrow, weight.data.t(), scale_a=scale[:, None], scale_b=weight.scale[None], bias=bias,
-                            out_dtype=x.dtype, use_fast_accum=True)
 
 
 def _prefill_parts(q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, scale: float,

@@ -23,6 +23,7 @@ from runtime.kernels.skinny import MOST_ROWS, Cut
 from runtime.model.attention import Gqa
 from runtime.model.transformer import Layer, MoeFfn, Transformer
 from runtime.ops import Fp8Weight, Norm, Weight
+from runtime.tune_products import tune_products
 
 if TYPE_CHECKING:
     from runtime.decode import DecodeRunner
@@ -85,6 +86,7 @@ def tune(transformer: Transformer, sizes: Sequence[int], timer: Timer | None = N
     timer = timer or graph_seconds
     pdl = chains() if pdl is None else pdl
     with torch.inference_mode():
+        tune_products(transformer, sizes, timer, pdl=pdl)
         for tokens in [size for size in sizes if size <= MOST_ROWS]:
             for trial in trials(transformer, ops, tokens):
                 if trial.key not in ops.few.seconds:  # a former formation of this process may have timed it

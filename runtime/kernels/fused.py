@@ -27,10 +27,26 @@ def add_rmsnorm(
     out_TH = torch.empty(tokens, hidden, dtype=x_TH.dtype, device=x_TH.device)
     block = triton.next_power_of_2(hidden)
     _add_rmsnorm_kernel[(tokens,)](
-        x_TH, residual_TH if residual_TH is not None else x_TH, weight_H, out_TH, x_TH.stride(0), hidden, eps,
-        HAS_RESIDUAL=residual_TH is not None, BLOCK=block, num_warps=_warps(block),
+        x_TH, residual_TH if residual_TH is not None else x_TH, weight_H, out_TH, weight_H, x_TH.stride(0), hidden, eps,
+        HAS_RESIDUAL=residual_TH is not None, QUANT=False, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out_TH
+
+
+def add_rmsnorm_quant(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rmsnorm` then `quant_fp8_rows`, without the row in between touching memory."""
+    tokens, hidden = x_TH.shape
+    assert x_TH.stride(1) == 1 and (residual_TH is None or residual_TH.is_contiguous())
+    out = torch.empty(tokens, hidden, dtype=FP8, device=x_TH.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x_TH.device)
+    block = triton.next_power_of_2(hidden)
+    _add_rmsnorm_kernel[(tokens,)](
+        x_TH, residual_TH if residual_TH is not None else x_TH, weight_H, out, scale, x_TH.stride(0), hidden, eps,
+        HAS_RESIDUAL=residual_TH is not None, QUANT=True, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out, scale
 
 
 def silu_mul(gate_up_N2I: torch.Tensor) -> torch.Tensor:
@@ -83,8 +99,9 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _add_rmsnorm_kernel(
-    x, residual, weight, out, x_stride, hidden, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, residual, weight, out, out_scale, x_stride, hidden, eps, HAS_RESIDUAL: tl.constexpr, QUANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
@@ -96,7 +113,10 @@ def _add_rmsnorm_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / hidden + eps)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * hidden + column, (value * scale * gain).to(out.dtype.element_ty), mask=inside)
+    if QUANT:
+        quantise_row(value * scale * gain, out, out_scale, token, hidden, column, inside)
+    else:
+        tl.store(out + token * hidden + column, (value * scale * gain).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import torch
 from runtime.batch import StepInput
 from runtime.layout import RankLayout
 from runtime.model.rope import softmax_scale
-from runtime.ops import Norm, TorchOps, Weight
-from runtime.quantise import weight_of
+from runtime.ops import Down, Norm, TorchOps, Weight
+from runtime.quantise import join, weight_of
 from twin.spec.model import ModelSpec
 
 
@@ -63,12 +63,11 @@ class Gqa:
 
 @dataclass(frozen=True)
 class Mla:
-    """Latent attention over a paged cache [blocks, block_tokens, L + R]. `key_up` [Q, N, L], `value_up` [Q, V, L]."""
+    """Latent attention over a paged cache [blocks, block_tokens, L + R]. `key_up` [Q, N, L], `value_up` [Q, V, L]. Without
+    `down`, queries are projected at once by `q_up`."""
 
     ops: TorchOps
-    q_down: Weight | None
-    q_down_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
+    down: Down | None
     q_up: Weight
     kv_down: Weight
     kv_down_bias: torch.Tensor | None
@@ -84,10 +83,14 @@ class Mla:
 
     def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
                  angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        x_TH, residual_TH = self.ops.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
         heads, nope, _ = self.key_up.shape
-        latent = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias)
-        q, _ = self.ops.mla_rope_store(self._query(x_TH).unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
+        if self.down is not None:
+            low, latent, residual_TH = self.ops.norm_down(x_TH, residual_TH, norm, self.down)
+            query = self.ops.linear(low, self.q_up)
+        else:
+            x_TH, residual_TH = self.ops.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
+            latent, query = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias), self.ops.linear(x_TH, self.q_up)
+        q, _ = self.ops.mla_rope_store(query.unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
                                        eps=self.eps, interleaved=self.interleaved)
         q_nope, q_rope = q.tensor_split((nope,), -1)
         n = step.num_decodes
@@ -97,14 +100,8 @@ class Mla:
             stop = row + step.query_lens[i]
             parts.append(self._prefill(q_nope[row:stop], q_rope[row:stop], self.ops.mla_context(cache, step, i)))
             row = stop
-        y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x_TH.new_empty(0, heads, self.value_up.shape[1])
+        y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else query.new_empty(0, heads, self.value_up.shape[1])
         return _project(self, y, residual_TH)
-
-    def _query(self, x_TH: torch.Tensor) -> torch.Tensor:
-        linear = self.ops.linear
-        if self.q_down is None or self.q_norm is None:
-            return linear(x_TH, self.q_up)
-        return linear(self.ops.rms_norm(linear(x_TH, self.q_down, self.q_down_bias), self.q_norm, self.eps), self.q_up)
 
     def _decode(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, step: StepInput) -> torch.Tensor:
         heads, width, latent = self.value_up.shape
@@ -136,8 +133,13 @@ def _make_mla(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.
     assert a.qk_nope_head_dim is not None
     up = params[f"{i}.kv_up"].unflatten(0, (a.heads // at.tp, a.qk_nope_head_dim + a.v_head_dim))
     key_up, value_up = up.tensor_split((a.qk_nope_head_dim,), 1)
-    q_down = weight_of(params, f"{i}.q_down") if f"{i}.q_down" in params else None
-    return Mla(ops, q_down, params.get(f"{i}.q_down_bias"), params.get(f"{i}.q_norm"), weight_of(params, f"{i}.q_up"),
-               weight_of(params, f"{i}.kv_down"), params.get(f"{i}.kv_down_bias"), params[f"{i}.kv_norm"], key_up, value_up,
+    kv_down, kv_bias = weight_of(params, f"{i}.kv_down"), params.get(f"{i}.kv_down_bias")
+    down = None
+    if f"{i}.q_down" in params and f"{i}.q_norm" in params:
+        both = join(params, f"{i}.q_down", f"{i}.kv_down") if kv_bias is None else None
+        kv_down = weight_of(params, f"{i}.kv_down")
+        down = Down(weight_of(params, f"{i}.q_down"), params.get(f"{i}.q_down_bias"), Norm(params[f"{i}.q_norm"], model.norm_eps),
+                    kv_down, kv_bias, both)
+    return Mla(ops, down, weight_of(params, f"{i}.q_up"), kv_down, kv_bias, params[f"{i}.kv_norm"], key_up, value_up,
                weight_of(params, f"{i}.out"), params.get(f"{i}.out_bias"), softmax_scale(a.rope, a.head_dim), a.rope.interleaved,
                model.norm_eps, at.tp == 1)

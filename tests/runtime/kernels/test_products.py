@@ -8,9 +8,14 @@ import torch
 pytest.importorskip("triton")
 from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
 
+from runtime import tune_products
 from runtime.kernels import products
 from runtime.kernels.products import Rows8, Share, cuts_of, fp8_product, fp8_product_gated, fp8_product_normed
-from runtime.quantise import quantise_rows
+from runtime.ops import Down, Fp8Weight, Norm, TorchOps
+from runtime.products import Products, bucket_of
+from runtime.quantise import join, quantise_rows, weight_of
+from runtime.triton_ops import TritonOps
+from runtime.tune_products import decide
 
 PROCESSORS = 5
 SHARES = [Share(16, 16, 32, 4, 2), Share(16, 32, 16, 4, 2, resident=3), Share(16, 16, 32, 4, 2, whole=True),
@@ -82,3 +87,90 @@ def test_shares_fill_the_device_and_miss_nothing() -> None:
                 assert last - first < c.most and tile - last * c.share // c.steps < c.slots
     c = cuts_of(Share(128, 128, 128, 8, 4), 128, 7168, 16384, 132)
     assert c.programs > 128 and c.most == 4
+
+
+def wide(weight: Fp8Weight) -> torch.Tensor:
+    return weight.data.cpu().double() * weight.scale.cpu().double()[:, None]
+
+
+def entry(ops: TritonOps, rows: int, weight: Fp8Weight, share: Share) -> None:
+    ops.products.shares[(bucket_of(rows), *weight.data.shape)] = share
+
+
+@pytest.mark.parametrize("rows", [5, 21])
+def test_operators_take_entries_of_the_table(rows: int, device, rng) -> None:
+    """A gated FFN and MLA's projections down, each of whole chains of kernels, near the same in float64."""
+    ops, plain = TritonOps(), TorchOps()
+    x, stream = (normal(rng, rows, 64, dtype=HALF).to(device) for _ in range(2))
+    gain = normal(rng, 64, dtype=HALF).to(device)
+    params = {}
+    for name, shape in {"a": (32, 64), "b": (24, 64), "w13": (96, 64), "w2": (64, 48), "up": (80, 32)}.items():
+        data, scale = quantise_rows(normal(rng, *shape, scale=0.2))
+        params[name], params[f"{name}.scale"] = data.to(device), scale.to(device)
+    before = wide(weight_of(params, "a")), wide(weight_of(params, "b"))
+    both = join(params, "a", "b")
+    assert both is not None and all(torch.equal(wide(weight_of(params, n)), w) for n, w in zip("ab", before, strict=True))
+    a, b, w13, w2, up = (weight_of(params, name) for name in ("a", "b", "w13", "w2", "up"))
+    down = Down(a, None, Norm(gain[:32].contiguous(), 1e-6), b, None, both)
+    share = Share(16 if rows < 16 else 32, 16, 32, 4, 2)
+    for weight in (both, w13, w2, up):
+        entry(ops, rows, weight, share)
+    low, latent, total = ops.norm_down(x.clone(), stream.clone(), Norm(gain, 1e-6), down)
+    assert isinstance(low, Rows8)
+    want_low, want_latent, want_total = plain.norm_down(
+        *(t.cpu().double() for t in (x, stream)), Norm(gain.cpu().double(), 1e-6),
+        Down(wide(a), None, Norm(gain[:32].cpu().double(), 1e-6), wide(b), None))
+    assert relative_error(total, want_total) < 2e-3 and relative_error(latent, want_latent) < max(FP8_STEP, 0.05)
+    assert relative_error(ops.linear(low, up), want_low @ wide(up).T) < max(FP8_STEP, 0.08)
+    got = ops.gated_ffn(x, w13, w2)
+    assert got.dtype == HALF
+    assert relative_error(got, plain.gated_ffn(x.cpu().double(), wide(w13), wide(w2))) < max(1.3 * FP8_STEP, 0.08)
+
+
+def test_only_entries_change_what_serves(device, rng) -> None:
+    weight = Fp8Weight(*(t.to(device) for t in quantise_rows(normal(rng, 32, 64))))
+    table = Products({(32, 32, 64): SHARES[0]})
+    assert [table.find(rows, weight) is not None for rows in (0, 16, 17, 32, 33, 300)] == [False, False, True, True, False, False]
+    assert Products().find(20, weight) is None
+
+
+def test_tuning_takes_the_fastest_that_is_right(device, rng, monkeypatch) -> None:
+    """One candidate gives other numbers, one fails, one is slower than torch; the fastest of the rest gets the entry."""
+    weights = [Fp8Weight(*(t.to(device) for t in quantise_rows(normal(rng, 48, 64)))) for _ in range(2)]
+    shares = [Share(16, 16, 32, 4, stages) for stages in (1, 2, 3, 4, 5)]
+    seconds = {1: 0.1, 3: 0.7, 4: 0.5, 5: 2.0}
+    timed, cut = [], tune_products.cut_product
+
+    def product(x, weight, share):
+        timed.append(share.stages)
+        if share.stages == 2:
+            raise RuntimeError("too much shared memory")
+        return cut(x, weight, share) * (3 if share.stages == 1 else 1)
+
+    def plain(x, weight):
+        timed.append(0)
+        return cut(x, weight, shares[2])
+
+    def timer(calls):
+        calls[1]()
+        return seconds.get(timed[-1], 1.0)
+
+    monkeypatch.setattr(tune_products, "CANDIDATES", {16: tuple(shares)})
+    monkeypatch.setattr(tune_products, "cut_product", product)
+    monkeypatch.setattr(tune_products, "torch_product", plain)
+    table = Products()
+    decide(table, (16, 48, 64), weights, timer)
+    assert table.shares == {(16, 48, 64): shares[3]} and table.seconds == {(16, 48, 64): (1.0, 0.5)}
+    assert table.report()[0]["serves"] == "cut"
+    monkeypatch.setattr(tune_products, "CANDIDATES", {16: tuple(shares[:2] + shares[4:])})
+    table = Products()
+    decide(table, (16, 48, 64), weights, timer)
+    assert not table.shares and table.report()[0]["serves"] == "plain"
+
+
+def test_candidates_fit_a_multiprocessor() -> None:
+    """Shared memory of all programs that share one, and rows whose number of tiles does not change within a bucket."""
+    for bucket, shares in tune_products.CANDIDATES.items():
+        for share in shares:
+            assert share.resident * share.stages * share.k * (share.m + share.n) <= 227 * 1024, share
+            assert share.m in (bucket, bucket // 2) and share.m * share.n // (32 * share.warps) <= 128, share
