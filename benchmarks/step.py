@@ -39,7 +39,8 @@ from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.quantise import quantise
 from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
-from runtime.tune import tune
+from runtime.refine import refine
+from runtime.tune import chains, tune
 from runtime.weights import load_weights
 from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
@@ -110,9 +111,12 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     def replayed() -> list[float]:
         runner.capture()
         runner.run(segments)
-        return _between(lambda: runner.again(batch), replays)
+        return between(lambda: runner.again(batch), replays)
 
     seconds, tried = _faster(transformer, batch, replayed)
+    if tried.get("variants", {}).get("serves") == "fused" and chains():
+        tried["variants"]["steps_s"] = refine(runner, batch, pdl=True)
+        seconds = min(seconds, replayed(), key=statistics.median)
     runner.run(segments)
     kernels = kernel_seconds(lambda: runner.again(batch))
     parts = _parts(bench, runner, segments)
@@ -120,7 +124,7 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
     copied = sum(comm.rows) if isinstance(comm, SliceComm) else 0
     load = Load(batch, float(batch * context), batch * context, batch, rows, copied)
-    return {**_row(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels, **tried}
+    return {**row_of(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels, **tried}
 
 
 def _faster(transformer: Transformer, batch: int, replayed: Callable[[], list[float]]) -> tuple[list[float], Json]:
@@ -152,7 +156,7 @@ def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: in
     def once() -> None:
         model.forward(step, bench.kv, batch * length)
 
-    seconds = _between(once, replays)
+    seconds = between(once, replays)
     bench.phases.listening = True
     once()
     bench.phases("end")
@@ -163,10 +167,10 @@ def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: in
     tokens = batch * length
     rows = tokens * (bench.model.moe.top_k if bench.model.moe else 0) * bench.model.moe_layers
     load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, rows)
-    return {**_row(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "kernels_s": kernels}
+    return {**row_of(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "kernels_s": kernels}
 
 
-def _between(call: Callable[[], object], replays: int) -> list[float]:
+def between(call: Callable[[], object], replays: int) -> list[float]:
     """Seconds from one call's beginning to the next's, calls queued one behind the other."""
     for _ in range(_WARM):
         call()
@@ -203,7 +207,7 @@ def kernel_seconds(call: Callable[[], object]) -> dict[str, list[float]]:
     return dict(sorted(rows.items(), key=lambda item: -item[1][0])[:24])
 
 
-def _row(bench: Bench, phase: str, batch: int, context: int, made: int, seconds: list[float], parts: dict[str, float],
+def row_of(bench: Bench, phase: str, batch: int, context: int, made: int, seconds: list[float], parts: dict[str, float],
          load: Load, rates: Rates) -> Json:
     floors = phase_floors(bench.model, bench.at, bench.params, load, rates, 2)
     ordered, middle = sorted(seconds), statistics.median(seconds)
@@ -241,6 +245,8 @@ def show(row: Json) -> None:
 def show_variants(found: Json) -> None:
     """Both whole steps, and the parts that were timed to choose kernels."""
     whole = ", ".join(f"{name[:-2]} {found[name] * 1e3:.3f} ms" for name in ("plain_s", "fused_s") if name in found)
+    for name, seconds in found.get("steps_s", []):
+        click.echo(f"        {seconds * 1e3:8.4f} ms  {name}")
     click.echo(f"    kernels for few rows: {whole}; {found['serves']} serves")
     for part in found["parts"]:
         cuts = " ".join(f"n{c['n']}k{c['k']}w{c['warps']}{'d' * c['dot']}{'p' * c['pdl']}" for c in part["cuts"])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("eptwin.refine")
 _GAIN = 0.997
 """A change must leave at most this share of a step's time."""
-_CONTEXT = 1000
+CONTEXT = 1000
 
 # A whole row's weights lie in registers before the forerunner's results are there.
 ROWS = (Cut(8, 2048, 4), Cut(4, 2048, 4), Cut(8, 4096, 8), Cut(4, 4096, 4), Cut(4, 4096, 8), Cut(16, 2048, 8))
@@ -47,6 +47,8 @@ def refine(runner: DecodeRunner, size: int, *, pdl: bool) -> list[tuple[str, flo
     ops = runner.transformer.rig.ops
     assert isinstance(ops, FewRowsOps)
     table = ops.few
+    with torch.inference_mode():
+        parts = list(chained(runner, ops)) if size == 1 else []  # which fill the cache that a rehearsal reads
     best_s, want = runner.rehearse(size)
     tried = [("as tuned", best_s)]
 
@@ -65,36 +67,33 @@ def refine(runner: DecodeRunner, size: int, *, pdl: bool) -> list[tuple[str, flo
     if pdl:
         attempt("early", lambda table: table.cuts.update(
             {key: _early(cuts) for key, cuts in table.cuts.items() if key[1] == size}))
+    with torch.inference_mode():
+        for trial in parts:
+            _try_all(ops, trial, attempt, pdl)
     if size == 1:
-        with torch.inference_mode():
-            for trial in _chained(runner, ops):
-                _try_all(ops, trial, attempt, pdl)
-            attempt("bring the next projections in", lambda table: table.ahead.update(_followers(runner.transformer)))
+        attempt("bring the next projections in", lambda table: table.ahead.update(_followers(runner.transformer)))
     return tried
 
 
 def _try_all(ops: FewRowsOps, trial: Trial, attempt: Attempt, pdl: bool) -> None:
     """Every cut of a part that gives the plain operators' numbers; of the experts' two kernels one after the other."""
     table, key = ops.few, trial.key
-    served = table.cuts.pop(key, None)
-    want = trial.outputs()
-    if served is not None:
-        table.cuts[key] = served
 
     def one(cuts: Cuts) -> None:
         cuts = _early(cuts) if pdl else cuts
-        before = table.cuts.get(key)
+        before = table.cuts.pop(key, None)
         if cuts == before:
+            table.cuts[key] = cuts
             return
-        table.cuts[key] = cuts
         try:
+            want = trial.outputs()
+            table.cuts[key] = cuts
             right = alike(trial.outputs(), want, rounding(trial))
         except (RuntimeError, ValueError, TritonError) as err:  # a cut that this device or shape does not take
             log.warning("%s cut as %s: %s", key[0], cuts, str(err)[:200])
             right = False
-        if before is None:
-            del table.cuts[key]
-        else:
+        table.cuts.pop(key, None)
+        if before is not None:
             table.cuts[key] = before
         if right:
             attempt(f"{key[0]} {' '.join(map(name_of, cuts))}", lambda table: table.cuts.update({key: cuts}))
@@ -118,15 +117,15 @@ def name_of(cut: Cut) -> str:
     return f"n{cut.n}k{cut.k}w{cut.warps}{more}{'d' * cut.dot}{'p' * cut.pdl}{'e' * cut.early}"
 
 
-def _chained(runner: DecodeRunner, ops: FewRowsOps) -> Iterator[Trial]:
+def chained(runner: DecodeRunner, ops: FewRowsOps) -> Iterator[Trial]:
     """The parts of a step of one token in the order of a layer, each with the cuts that a chain asks for."""
     found = {trial.key[0]: trial for trial in trials(runner.transformer, ops, 1)}
-    if trial := _attention(runner, ops):
+    if trial := attention_trial(runner, ops):
         yield trial
     for part in ("out", "qkv"):
         if trial := found.get(part):
             depth = trial.key[2][1]
-            yield replace(trial, cuts=tuple((fit(cut, depth),) for cut in ROWS if cut.k <= 2 * depth))
+            yield replace(trial, cuts=tuple(dict.fromkeys((fit(cut, depth),) for cut in ROWS)))
     if trial := found.get("router"):
         yield replace(trial, cuts=tuple((cut,) for cut in ROUTER))
     if trial := found.get("experts"):
@@ -135,17 +134,17 @@ def _chained(runner: DecodeRunner, ops: FewRowsOps) -> Iterator[Trial]:
         yield replace(trial, cuts=tuple((fit(cut, hidden), served[1]) for cut in STREAMS), followed=SIDE_BY_SIDE)
 
 
-def _attention(runner: DecodeRunner, ops: FewRowsOps) -> Trial | None:
+def attention_trial(runner: DecodeRunner, ops: FewRowsOps) -> Trial | None:
     """Attention of a row over the first blocks of every layer's cache, which are filled at random: at the start nobody's."""
     layers = runner.transformer.layers
     if not layers or not all(isinstance(layer.attention, Gqa) for layer in layers):
         return None
     device = runner.ids_B.device
-    context = min(_CONTEXT, runner.max_context, len(runner.kv[0]) * runner.block_tokens)
+    context = min(CONTEXT, runner.max_context, len(runner.kv[0]) * runner.block_tokens)
     blocks = -(-context // runner.block_tokens)
     table = torch.arange(runner.tables_BP.shape[1], dtype=torch.int32, device=device) % len(runner.kv[0])
     slot = torch.full((1,), context - 1, dtype=torch.int64, device=device)
-    step = _row(slot, table, context, device)
+    step = row_step(slot, table, context, device)
     stream = torch.Generator(device).manual_seed(11)
     calls = []
     for layer, cache in zip(layers[:12], runner.kv, strict=False):
@@ -157,7 +156,7 @@ def _attention(runner: DecodeRunner, ops: FewRowsOps) -> Trial | None:
     return Trial(("attention", 1, tuple(runner.kv[0].shape[1:])), calls, tuple((cut,) for cut in ATTENTION))
 
 
-def _row(slot: torch.Tensor, table: torch.Tensor, context: int, device: torch.device) -> StepInput:
+def row_step(slot: torch.Tensor, table: torch.Tensor, context: int, device: torch.device) -> StepInput:
     from runtime.batch import StepInput
 
     return StepInput(slot, slot, slot, table[None], torch.full((1,), context, dtype=torch.int32, device=device),
