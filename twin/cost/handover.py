@@ -32,7 +32,10 @@ class HandoverStyle:
     base_s: float = KV_BASE_S
 
     def tail(self, tokens: int, last_chunk: int, layers: int) -> float:
-        """The part of a prompt's bytes that can only leave when the prompt is done."""
+        """The part of a prompt's bytes that can only leave when the prompt is done: all of it where it is computed in one step and
+        ranks hear of nothing within."""
+        if self.between_steps and last_chunk >= tokens:
+            return 1.0
         return {"prompt": 1.0, "chunk": last_chunk / max(tokens, 1), "layer": 1.0 / max(layers, 1)}[self.sends]
 
 

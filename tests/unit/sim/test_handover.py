@@ -47,6 +47,12 @@ def test_a_sender_in_a_long_step_keeps_the_receiver_waiting():
     assert ours.kv_transfer_s == pytest.approx(4.0 + 6.0), "seen by the receiver, which heard at once"
 
 
+def test_a_prompt_of_one_step_leaves_whole_where_ranks_hear_between_steps():
+    own, other = handover_of("eptwin", "layer"), handover_of("vllm", "layer")
+    assert (own.tail(80, 80, 4), own.tail(100, 20, 4)) == (1.0, 0.25)
+    assert other.tail(80, 80, 4) == 0.25
+
+
 @pytest.mark.parametrize(("kv_send", "tail"), [("prompt", 1.0), ("chunk", 0.2), ("layer", 1.0)])
 def test_what_can_leave_early_does(kv_send, tail):
     """The model has one layer, so that by layer nothing is early; chunks of 80 and 20 leave a fifth to the end."""
