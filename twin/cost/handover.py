@@ -32,7 +32,7 @@ class HandoverStyle:
     base_s: float = KV_BASE_S
 
     def tail(self, tokens: int, last_chunk: int, layers: int) -> float:
-        """The part of a prompt's bytes that can only leave when the prompt is done: all of it where it is computed in one step and
+        """The part of a prompt's bytes that can only leave when the prompt is done: all where it is computed in one step and
         ranks hear of nothing within."""
         if self.between_steps and last_chunk >= tokens:
             return 1.0
