@@ -89,6 +89,8 @@ JOBS = (
                       "{out}/calibrate"), 100, 240),
     Job("exchange", ("-m", "benchmarks.exchange", "--share-gpu", "--ranks", "8", "--tokens", "128", "--json",
                      "{out}/exchange.json"), 60, 240),
+    Job("ep_decode", ("-m", "benchmarks.ep_decode", "--share-gpu", "--ranks", "8", "--tp", "2", "--tbo", "--json",
+                      "{out}/ep_decode.json"), 90, 240),
     _step("small_batches", *QWEN, "--batch", "2", "--batch", "4", "--batch", "8", "--batch", "16", "--variants"),
     _tests("kernels", "tests/runtime/kernels", least_s=120, most_s=400),
     _serve("serve_expandable", "--requests", "128", "--max-batch-tokens", "16384", "--no-tune",
