@@ -48,7 +48,7 @@ def test_configurations_left_out_are_predicted_by_the_others_and_strangers_are_n
 
 
 def test_widths_hold_four_configurations_in_five_and_grow_with_what_is_not_known() -> None:
-    seen = [Seen(f"c{i}", True, (FAST, (*FAST, "fp8", "hopper")), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)), 0.1, separated=i < 20)
+    seen = [Seen(f"c{i}", True, (FAST, (*FAST, "fp8", "hopper")), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)), 0.1, separated=i < 10)
             for i in range(100) for _ in range(1 + 9 * (i == 0))]
     off = np.array([[int(s.configuration[1:]) / 1000, 0.0] for s in seen])
     off[:, 1] = [0.3 if s.separated else 0.01 for s in seen]
