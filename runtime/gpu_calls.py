@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -18,11 +19,13 @@ from runtime.batch import Segment, make_step
 from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
 from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
-from runtime.kernels.gate import gate_topk
+from runtime.kernels.gate import gate_topk, router_logits
 from runtime.kernels.moe_layer import moe_layer
 from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
 from runtime.quantise import quantise_rows
+from runtime.replicas import Replicas
 from runtime.triton_ops import TritonOps
+from twin.policy.placement import place_global
 
 Call = Callable[[], object]
 Values = dict[str, int]
@@ -166,6 +169,26 @@ def _gate(attrs: dict[str, str], v: Values) -> list[Call]:
     return [lambda: gate_topk(logits, v["top_k"])]
 
 
+def _router(attrs: dict[str, str], v: Values) -> list[Call]:
+    """Scores and the choice of experts, as the models of so many experts choose (groups: DeepSeek-V3)."""
+    bias = torch.rand(v["experts"], device="cuda") if v["experts"] >= 256 else None
+    how = {"bias_E": bias, "scoring": "softmax" if bias is None else "sigmoid", "groups": 8 if v["experts"] == 256 else 1,
+           "topk_groups": 4 if v["experts"] == 256 else 1}
+    row = 2 * v["hidden"]
+    pairs = [(_randn(v["tokens"], v["hidden"]), _randn(v["experts"], v["hidden"]))
+             for _ in range(_sets(row * (v["tokens"] + v["experts"])))]
+    return [lambda x=x, w=w: gate_topk(router_logits(x, w), v["top_k"], **how) for x, w in pairs]
+
+
+def _replica_split(attrs: dict[str, str], v: Values) -> list[Call]:
+    """A rank's tokens over the replicas of a placement that an even load has."""
+    placement = place_global(np.ones((1, v["experts"])), v["slots"], v["ranks"]).slot_to_logical[0].tolist()
+    replicas = Replicas(v["experts"], v["slots"], v["ranks"], 0, torch.device("cuda"), kernels=True)
+    replicas.place(placement)
+    ids = torch.rand(v["tokens"], v["experts"], device="cuda").topk(v["top_k"], -1)[1]
+    return [lambda: replicas.slots(ids)]
+
+
 def _rope(attrs: dict[str, str], v: Values) -> list[Call]:
     """Queries and keys of whole prompts behind one another, with norms, into a cache in order."""
     tokens, width = v["tokens"], v["head_dim"]
@@ -190,7 +213,7 @@ def _latent(attrs: dict[str, str], v: Values) -> list[Call]:
 _MAKERS: dict[str, Callable[[dict[str, str], Values], list[Call]]] = {
     "gemm": _gemm, "moe": _moe, "attention_decode": _attention_decode, "attention_prefill": _attention_prefill,
     "mla_decode": _mla_decode, "mla_prefill": _mla_prefill, "norm": _norm, "quant": _quant, "silu": _silu, "gate": _gate,
-    "rope": _rope, "latent": _latent,
+    "rope": _rope, "latent": _latent, "router": _router, "replica_split": _replica_split,
 }
 
 

@@ -54,6 +54,7 @@ class Grid:
 
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 _PRODUCTS = (  # (n, k) of Qwen3-30B-A3B and 235B, DeepSeek-V3/R1, Kimi K2, gpt-oss, on one rank
     (5120, 2048), (2048, 4096), (9216, 4096), (4096, 8192), (2112, 7168), (24576, 1536), (12288, 1536), (7168, 16384),
     (7168, 8192), (4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432), (32768, 512), (5120, 2880), (2880, 4096),
@@ -68,6 +69,8 @@ _WIDTHS = ((1536,), (2048,), (4096,), (7168,), (16384,))
 _INNER = ((768,), (2048,), (18432,))
 _MANY_ROWS = (*_ROWS, 32768, 65536, 131072)
 _GATES = ((128, 8), (256, 8), (384, 8))
+_ROUTERS = ((128, 8, 2048), (128, 8, 4096), (256, 8, 7168), (384, 8, 7168))
+_SPLITS = ((256, 288, 8, 8), (256, 288, 32, 8), (256, 288, 72, 8), (256, 288, 144, 8), (384, 416, 32, 8), (128, 144, 8, 8))
 
 
 def grids() -> list[Grid]:
@@ -89,13 +92,13 @@ def grids() -> list[Grid]:
         return Grid("moe", attrs, _MOE, tuple(moe), {"tokens": _TOKENS}, sent)
 
     return [
-        Grid("gemm", bf16, ("n", "k"), (*_PRODUCTS, *_HEADS), {"m": _ROWS}, wanted),
+        Grid("gemm", bf16, ("n", "k"), (*_PRODUCTS, *_HEADS), {"m": _PRODUCT_ROWS}, wanted),
         Grid("attention_decode", kv, _GQA, heads, decode, stored),
         Grid("attention_prefill", kv, _GQA, heads[:3], prefill, asked),
         experts("balanced", "bf16"),
         experts("balanced", "fp8"),
         Grid("mla_decode", latent, ("heads",), ((16,), (32,), (64,), (128,)), decode, stored),
-        Grid("gemm", {"dtype": "fp8"}, ("n", "k"), narrow, {"m": _ROWS}),
+        Grid("gemm", {"dtype": "fp8"}, ("n", "k"), narrow, {"m": _PRODUCT_ROWS}),
         Grid("mla_prefill", latent, ("heads",), ((16,), (64,), (128,)), prefill, asked),
         experts("power_law_1.01", "bf16"),
         experts("power_law_1.01", "fp8"),
@@ -105,6 +108,8 @@ def grids() -> list[Grid]:
         Grid("rope", bf16, _GQA[:3], tuple(shape[:3] for shape in heads), {"tokens": _ROWS}),
         Grid("latent", bf16, ("heads",), ((16,), (64,), (128,)), {"tokens": _ROWS}),
         Grid("gate", bf16, ("experts", "top_k"), _GATES, {"tokens": _ROWS}),
+        Grid("router", bf16, ("experts", "top_k", "hidden"), _ROUTERS, {"tokens": _ROWS}),
+        Grid("replica_split", bf16, ("experts", "slots", "ranks", "top_k"), _SPLITS, {"tokens": _ROWS}),
     ]
 
 

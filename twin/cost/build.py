@@ -166,12 +166,13 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
         table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
     measured: list[Measured] = []
     if site.profile is not None:
-        ops, small = split_small(ops, s, site.profile) if site.engine.name == OUR_ENGINE else (ops, None)
+        ops, small = split_small(ops, s, site.profile, site.pool) if site.engine.name == OUR_ENGINE else (ops, None)
         table = OpTable.of(ops, site.gpu, site.efficiency, site.launch_s, compute_share)
         attention, tp = model.attention, site.pool.tp
         ask = Ask(site.profile, attention, attention.heads / tp, -(-attention.kv_heads // tp), site.precision.kv,
                   0 if draft else site.pool.mtp_draft_tokens, compute_share, site.engine.mla_prefill == "module",
-                  site.engine.products_scale if site.wide else 1.0)
+                  site.engine.products_scale if site.wide else 1.0,
+                  site.gpu.sm_count if site.engine.name == OUR_ENGINE else 0)
         left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
         measured = [scaled(own, site.engine) for own in (*measured, *([small] if small is not None else []))]
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)

@@ -26,6 +26,7 @@ _BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
 _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
 _DOUBLE = 2.15  # times as long for twice the batch, at most: no measured pair of large batches differs by more
+_PROGRAM_HEADS = 64  # of a program of our latent attention on Hopper, one to an SM (runtime/kernels/attention_mla_hopper.py)
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
 
 
@@ -105,6 +106,7 @@ class Surface:
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
     log_products: Array | None = None  # dense products that the table includes, over `ROWS`, one layer
+    programs: tuple[float, float] | None = None  # of a sequence, and how many run at a time, where whole rounds of them count
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -122,6 +124,8 @@ class Surface:
         if not seqs.any():
             return np.zeros(seqs.shape)
         each = _read_two(self.log_s, seqs, x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
+        if self.programs is not None:
+            each = each * last_round(seqs * self.programs[0], self.programs[1])
         if self.drafts:  # tables have one query a sequence; more of them share the keys that are read beside the arithmetic
             each = np.maximum(each, x @ self.bounds[0] * self.share / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (seqs > 0))
@@ -144,6 +148,14 @@ class Surface:
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
 
 
+def last_round(programs: Array, at_a_time: float) -> Array:
+    """How much longer a kernel takes for its last round of programs than the batches measured, which are powers of two and
+    fill theirs. A program has an SM to itself; where one round holds all, they are cut finer, and nothing is lost."""
+    as_measured = np.maximum(programs, 1.0) / 2 ** np.floor(np.log2(at_a_time))
+    longer = np.maximum(np.ceil(programs / at_a_time) / as_measured, 1.0)
+    return np.asarray(np.where(programs > at_a_time, longer, 1.0))
+
+
 Measured = RowTable | Surface
 
 
@@ -161,6 +173,7 @@ class Ask:
     share: float
     module: bool
     products_scale: float = 1.0  # what the engine's products take over their table: those inside a module's rows too
+    latent_programs: int = 0  # at a time, of our own kernel of latent attention (0: another engine's)
 
 
 def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Array]) -> tuple[list[Op], list[Measured]]:
@@ -178,8 +191,10 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
             rows.setdefault(next(iter(op.flops)), []).append((op.key, log_s, evidence))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
+            rounds = ask.latent_programs and op.kind == "mla_decode" and ask.heads >= _PROGRAM_HEADS
             found.append(Surface(op, _surface_log_s(curve), op.gate == "any_decode", ask.drafts, ask.share,
-                                 (bounds[0][:, j], bounds[1][:, j]), (evidence_of(curve, 32, 2048),), products))
+                                 (bounds[0][:, j], bounds[1][:, j]), (evidence_of(curve, 32, 2048),), products,
+                                 (ask.heads // _PROGRAM_HEADS, float(ask.latent_programs)) if rounds else None))
     for feature, entries in sorted(rows.items()):
         each = np.stack([log_s for _, log_s, _ in entries])
         found.append(RowTable(INDEX[feature], tuple(key for key, _, _ in entries), each, np.log(np.exp(each).sum(axis=0)),

@@ -18,19 +18,21 @@ from twin.cost.interpolate import Interpolator
 from twin.cost.measured import ROWS, Evidence, RowTable, evidence_of
 from twin.cost.operators import Slice
 from twin.cost.roofline import Op
+from twin.spec.plan import PoolPlan
 
 _TYPICAL = 128.0  # tokens at which the interval is read
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel that runs `times` a step, over tokens."""
+    """One kernel that runs `times` a step, over tokens. `optional`: profiles made before it was told of do without."""
 
     key: str
     operator: str
     fixed: Mapping[str, float]
     times: int
     dtype: str = "bf16"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class Group:
     kernels: tuple[Kernel, ...]
 
 
-def split_small(ops: Sequence[Op], s: Slice, profile: Interpolator) -> tuple[list[Op], RowTable | None]:
+def split_small(ops: Sequence[Op], s: Slice, profile: Interpolator, pool: PoolPlan) -> tuple[list[Op], RowTable | None]:
     """Operators that no small kernels stand for, and the kernels' table; None where the profile has none of them."""
     left, keys, rows, known = list(ops), [], [], []
-    for group in groups_of(s):
+    for group in groups_of(s, pool):
         curves = [(kernel, profile.curve(kernel.operator, kernel.fixed, {"dtype": kernel.dtype})) for kernel in group.kernels]
-        if any(curve is None for _, curve in curves):
-            continue
+        curves = [(kernel, curve) for kernel, curve in curves if curve is not None or not kernel.optional]
+        if any(curve is None for _, curve in curves) or not any(map(group.folded, left)):
+            continue  # not measured; or another group stands for it
         left = [op for op in left if not group.folded(op)]
         for kernel, curve in curves:
             assert curve is not None
@@ -61,7 +64,7 @@ def split_small(ops: Sequence[Op], s: Slice, profile: Interpolator) -> tuple[lis
     return left, RowTable(INDEX["tokens"], tuple(keys), each, np.log(np.exp(each).sum(axis=0)), evidence)
 
 
-def groups_of(s: Slice) -> list[Group]:
+def groups_of(s: Slice, pool: PoolPlan) -> list[Group]:
     """What our engine runs between its products."""
     model, a, h = s.model, s.model.attention, float(s.model.hidden)
     heads, fp8 = a.heads / s.tp, s.precision.weights == "fp8"
@@ -89,9 +92,15 @@ def groups_of(s: Slice) -> list[Group]:
     groups.append(Group(_elementwise("norm"), (*norms, *quants)))
     if model.moe is not None and model.moe_layers:
         experts, layers = float(model.moe.experts), model.moe_layers
-        groups.append(Group(lambda op: op.kind == "gate",
-                            (Kernel("moe/gate", "gemm", {"k": h, "n": experts}, layers),
-                             Kernel("moe/gate", "gate", {"experts": experts, "top_k": float(model.moe.top_k)}, layers))))
+        chosen = {"experts": experts, "top_k": float(model.moe.top_k)}
+        kernels = [Kernel("moe/gate", "router", {**chosen, "hidden": h}, layers)]
+        if pool.redundant_experts:
+            shape = {**chosen, "slots": experts + pool.redundant_experts, "ranks": float(pool.ep)}
+            kernels.append(Kernel("moe/gate", "replica_split", shape, layers, optional=True))
+        groups.append(Group(lambda op: op.kind == "gate", tuple(kernels)))
+        # what profiles had before: a dense product, and the top-k of its scores
+        groups.append(Group(lambda op: op.kind == "gate", (Kernel("moe/gate", "gemm", {"k": h, "n": experts}, layers),
+                                                           Kernel("moe/gate", "gate", chosen, layers))))
     return groups
 
 

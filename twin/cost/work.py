@@ -173,6 +173,17 @@ def _gate(v: Values, _: Attrs) -> Work:
     return Work(hbm_bytes=v["tokens"] * (4.0 * v["experts"] + 8.0 * v["top_k"]))
 
 
+def _router(v: Values, _: Attrs) -> Work:
+    """Scores of tokens in half precision, and their top-k."""
+    read = 2.0 * v["hidden"] * (v["tokens"] + v["experts"])
+    return Work(flops=2.0 * v["tokens"] * v["hidden"] * v["experts"], hbm_bytes=read + 8.0 * v["tokens"] * v["top_k"])
+
+
+def _replica_split(v: Values, _: Attrs) -> Work:
+    """A slot for each of the tokens' choices, of experts that have several."""
+    return Work(hbm_bytes=12.0 * v["tokens"] * v["top_k"])
+
+
 def _collective(factor: float) -> Callable[[Values, Attrs], Work]:
     def work(v: Values, _: Attrs) -> Work:
         return Work(link_bytes=factor * v["bytes"] * (v["gpus"] - 1.0) / v["gpus"])
@@ -200,9 +211,10 @@ _WORK: dict[str, Callable[[Values, Attrs], Work]] = {
     "all_reduce": _collective(2.0), "all_gather": _collective(1.0), "reduce_scatter": _collective(1.0),
     "all_to_all": _collective(1.0), "dispatch": _exchange, "combine": _exchange,
     "norm": _norm, "rope": _rope, "latent": _latent, "quant": _quant, "silu": _silu, "gate": _gate,
+    "router": _router, "replica_split": _replica_split,
 }
 OPERATORS = tuple(_WORK)
-ENGINE_KERNELS = ("norm", "rope", "latent", "quant", "silu", "gate")
+ENGINE_KERNELS = ("norm", "rope", "latent", "quant", "silu", "gate", "router", "replica_split")
 """Small kernels that every engine fuses its own way: what one engine's take says nothing of another's."""
 
 

@@ -8,7 +8,7 @@ from cost_cases import cost_model, gqa_model, pool_of
 
 from twin.cost.batch import StepBatch
 from twin.cost.evidence import Evidence
-from twin.cost.measured import _divisible
+from twin.cost.measured import _divisible, last_round
 from twin.cost.model import CostModel
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Source, Table
 from twin.spec.load import load_cluster, load_gpu, load_model
@@ -109,3 +109,9 @@ def test_trends_beyond_measured_batches_are_held_to_two_halves_one_after_the_oth
     held = _divisible(steep)
     assert held[-1, 0] - held[3, 0] <= 4 * np.log(2.2) and (_divisible(batch) == batch).all()
     assert (np.diff(held, axis=0) >= 0).all()
+
+
+def test_a_last_round_of_programs_takes_as_long_as_a_full_one() -> None:
+    """132 programs at a time: powers of two were measured, and fill their rounds; 160 take as long as 264, 128 fit."""
+    longer = last_round(np.array([1.0, 96.0, 128.0, 160.0, 256.0, 264.0, 400.0, 512.0]), 132.0)
+    assert longer.tolist() == pytest.approx([1.0, 1.0, 1.0, 2 / 1.25, 1.0, 1.0, 4 / 3.125, 1.0])
