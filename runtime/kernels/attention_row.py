@@ -64,14 +64,17 @@ def attention_row(
 
 
 @triton.jit
-def _turned(
-    rows, d, other, sign, cos, sin, gain, mate_gain, ok, eps,
-    DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Heads' rows [heads, D] in fp32, normed (rounded as a separate norm would), then rotated; `rows` [heads] point at starts."""
-    dtype: tl.constexpr = rows.dtype.element_ty
-    value = tl.load(rows[:, None] + d[None, :], mask=ok[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    mate = tl.load(rows[:, None] + other[None, :], mask=ok[:, None] & (d < ROTARY)[None, :], other=0.0).to(tl.float32)
+def _heads(rows, d, other, ok, DIM: tl.constexpr, ROTARY: tl.constexpr):
+    """Heads' rows [heads, D], of which `rows` [heads] point at the starts, and beside every column its partner's."""
+    value = tl.load(rows[:, None] + d[None, :], mask=ok[:, None] & (d < DIM)[None, :], other=0.0)
+    return value, tl.load(rows[:, None] + other[None, :], mask=ok[:, None] & (d < ROTARY)[None, :], other=0.0)
+
+
+@triton.jit
+def _turned(value, mate, sign, cos, sin, gain, mate_gain, eps, DIM: tl.constexpr, NORM: tl.constexpr):
+    """`_heads` in fp32, normed (rounded as a separate norm would), then rotated."""
+    dtype: tl.constexpr = value.dtype
+    value, mate = value.to(tl.float32), mate.to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)[:, None]
         value = (value * inverse * gain[None, :]).to(dtype).to(tl.float32)
@@ -128,21 +131,21 @@ def _row_kernel(
     turned = cos_sin + past.to(tl.int64) * ROTARY
     cos = tl.load(turned + angle, mask=d < ROTARY, other=1.0)
     sin = tl.load(turned + ROTARY // 2 + angle, mask=d < ROTARY, other=0.0)
-    q_gain, q_mate = _gains(q_norm, d, other, DIM, ROTARY, Q_NORM)
+    q_gain, q_mate_gain = _gains(q_norm, d, other, DIM, ROTARY, Q_NORM)
+    k_gain, k_mate_gain = _gains(k_norm, d, other, DIM, ROTARY, K_NORM)
     wait_for_forerunner(PDL, EARLY)
-    head, head_ok = kv_head * GROUP + m, m < GROUP
-    query = _turned(qkv + head * DIM, d, other, sign, cos, sin, q_gain, q_mate, head_ok, eps, DIM, ROTARY, Q_NORM)
-    query = query.to(qkv.dtype.element_ty)
+    head, head_ok, one = kv_head * GROUP + m, m < GROUP, tl.arange(0, 1)
+    k_rows = qkv + (KV_HEADS * GROUP + kv_head + one) * DIM
+    q_row, q_mate = _heads(qkv + head * DIM, d, other, head_ok, DIM, ROTARY)
+    # read by all, beside the query, rather than after it by the one that needs it
+    k_row, k_mate = _heads(k_rows, d, other, one == 0, DIM, ROTARY)
+    new_v = tl.load(k_rows[:, None] + KV_HEADS * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    query = _turned(q_row, q_mate, sign, cos, sin, q_gain, q_mate_gain, eps, DIM, Q_NORM).to(qkv.dtype.element_ty)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if split == 0:
-        k_gain, k_mate = _gains(k_norm, d, other, DIM, ROTARY, K_NORM)
-        one = tl.arange(0, 1)
-        k_rows = qkv + (KV_HEADS * GROUP + kv_head + one) * DIM
-        new_k = _turned(k_rows, d, other, sign, cos, sin, k_gain, k_mate, one == 0, eps, DIM, ROTARY, K_NORM)
-        new_k = new_k.to(qkv.dtype.element_ty)
-        new_v = tl.load(k_rows[:, None] + KV_HEADS * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+        new_k = _turned(k_row, k_mate, sign, cos, sin, k_gain, k_mate_gain, eps, DIM, K_NORM).to(qkv.dtype.element_ty)
         real = length > 0
         block = tl.load(table + past // BLOCK_TOKENS, mask=real, other=0).to(tl.int64)
         place = ((block * 2 * BLOCK_TOKENS + past % BLOCK_TOKENS) * KV_HEADS + kv_head) * DIM + d[None, :]
