@@ -72,7 +72,7 @@ class Clock:
 @click.command(help=__doc__)
 @click.option("--part", type=click.Choice(["all", "products", "moe"]), default="all", show_default=True)
 @click.option("--seconds", default=75.0, show_default=True, help="in all; what is not reached is left out")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="also write all figures here")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="write figures here, not out")
 @click.option("--commit", default=None, help="git commit to record (else $GIT_COMMIT)")
 @click.option("--compile", "compiles", default=None, hidden=True, help="i/n: compile a share of the kernels and leave")
 def main(part: str, seconds: float, json_path: Path | None, commit: str | None, compiles: str | None) -> None:
@@ -101,7 +101,8 @@ def main(part: str, seconds: float, json_path: Path | None, commit: str | None, 
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    else:
+        print(json.dumps(found))
 
 
 def compile_all(part: str) -> None:
