@@ -6,8 +6,8 @@
 
 Weights are random. A decode step is one replay of its CUDA graph, replays following one another without the host; its
 time is the median over replays after three to warm up, its spread the 10th and 90th percentile. `--rank-slice` runs
-what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`. `--variants` chooses kernels for few rows as an
-engine does at its start (`runtime.tune`), and measures the step both ways.
+what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`. `--variants` chooses kernels for few rows and how
+fp8 products are cut, as an engine does at its start (`runtime.tune`), and measures the step both ways.
 """
 
 from __future__ import annotations
@@ -131,18 +131,22 @@ def _faster(transformer: Transformer, batch: int, replayed: Callable[[], list[fl
     """Seconds of replays with whichever kernels are faster, which serve from now on; both, and what was timed to choose."""
     seconds = replayed()
     ops = transformer.rig.ops
-    if not isinstance(ops, FewRowsOps) or not ops.few.seconds:
+    if not isinstance(ops, FewRowsOps) or not (ops.few.seconds or ops.products.seconds):
         return seconds, {}
-    parts, both = ops.few.report(), {"fused_s": statistics.median(seconds)}
-    if cuts := ops.few.forget(batch):
+    parts, both = [*ops.few.report(), *ops.products.report()], {"fused_s": statistics.median(seconds)}
+    cuts, shares = ops.few.forget(batch), dict(ops.products.shares)
+    ops.products.shares.clear()
+    if cuts or shares:
         plain = replayed()
         if statistics.median(plain) < statistics.median(seconds):
             seconds = plain
         else:
             ops.few.cuts.update(cuts)
+            ops.products.shares.update(shares)
             seconds = replayed()
         both["plain_s"] = statistics.median(plain)
-    return seconds, {"variants": {**both, "serves": "fused" if ops.few.cuts else "plain", "parts": parts}}
+    serves = "fused" if ops.few.cuts or ops.products.shares else "plain"
+    return seconds, {"variants": {**both, "serves": serves, "parts": parts}}
 
 
 def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates) -> Json:

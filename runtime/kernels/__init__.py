@@ -3,8 +3,10 @@
     align.py          which rows go to which expert, on the device
     moe.py            one MoE layer by two gathering GEMMs, activation and weighted sum fused in (decode and beyond)
     moe_prefill.py    one MoE layer of long prefills, the second GEMM by torch's grouped product
+    moe_fp8.py        the two products of a long prefill's MoE layer wholly in fp8
     moe_rows.py       one MoE layer of a few tokens, a row at a time, the sum over choices in the second product
     skinny.py         products of a few rows with norm, bias and residual stream fused in
+    products.py       fp8 products of a step's rows, cut along K, with what follows them
     moe_layer.py      which of them serves a layer
     attention_gqa.py  paged split-KV decode attention (grouped query heads)
     attention_mla.py  paged split-KV decode attention over a latent cache (absorbed MLA)
