@@ -129,7 +129,8 @@ def test_router(options: dict, tokens: int, device, rng, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90")
-def test_kernels_that_start_while_their_forerunner_ends(device, rng) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_kernels_that_start_while_their_forerunner_ends(early: bool, device, rng) -> None:
     """A chain of every fused kernel in a CUDA graph, replayed: each waits for what it reads and for what it overwrites."""
     tokens, hidden, experts, width, k = 4, 256, 16, 64, 4
     q, o = (normal(rng, hidden, hidden, dtype=HALF, scale=0.06).to(device) for _ in range(2))
@@ -139,21 +140,25 @@ def test_kernels_that_start_while_their_forerunner_ends(device, rng) -> None:
     x = normal(rng, tokens, hidden, dtype=HALF).to(device)
     arrived = torch.zeros(16, dtype=torch.int32, device=device)
 
-    def chain(pdl: bool) -> torch.Tensor:
+    def chain(**start: bool) -> torch.Tensor:
         stream = x
-        for _ in range(24):
-            y = skinny_linear(stream, q, Cut(8, 256, 4, pdl=pdl), norm=(gain, 1e-6))
-            stream = skinny_linear(y, o, Cut(16, 64, 4, 3, dot=True, pdl=pdl), residual_TN=stream)
-            normed, weights, ids = norm_gate_topk(stream, gain, 1e-6, gate, k, Cut(4, 0, 2, pdl=pdl), arrived)
-            stream = moe_rows(normed, w13, w2, weights, ids, Cut(8, 256, 4, pdl=pdl), Cut(8, 64, 2, pdl=pdl), residual_TH=stream)
+        for i in range(24):
+            y = skinny_linear(stream, q, Cut(8, 256, 4, **start), norm=(gain, 1e-6))
+            stream = skinny_linear(y, o, Cut(16, 64, 4, 3, dot=True, **start), residual_TN=stream)
+            normed, weights, ids = norm_gate_topk(stream, gain, 1e-6, gate, k, Cut(4, 0, 2, **start), arrived,
+                                                  ahead=q if start.get("early") else None)
+            up = Cut(8, 256, 4, **start) if i % 2 else Cut(2, 256, 4, per_sm=1, **start)
+            down = Cut(8, 64, 2, **start) if i % 3 else Cut(4, 32, 4, stages=2, **start)
+            stream = moe_rows(normed, w13, w2, weights, ids, up, down, residual_TH=stream)
         return stream
 
-    want = chain(False)
-    chain(True)
+    start = {"pdl": True, "early": early}
+    want = chain()
+    chain(**start)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = chain(True)
+        got = chain(**start)
     for _ in range(20):
         graph.replay()
         torch.cuda.synchronize()
