@@ -202,8 +202,6 @@ def _down_rows_kernel(
     row_ok = n < HIDDEN
     wait_for_forerunner(PDL, EARLY)
     total = tl.zeros([BLOCK_N], tl.float32)
-    if ADD:
-        total += tl.load(residual + token * HIDDEN + n, mask=row_ok, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for choice in tl.static_range(CHOICES):
         row = token * CHOICES + choice
@@ -225,6 +223,8 @@ def _down_rows_kernel(
             total += weight * tl.load(bias + expert * HIDDEN + n, mask=row_ok, other=0.0).to(tl.float32)
     if not HAS_SCALE:
         total += tl.sum(acc, 1)
+    if ADD:
+        total += tl.load(residual + token * HIDDEN + n, mask=row_ok, other=0.0).to(tl.float32)
     tl.store(out + token * HIDDEN + n, total.to(out.dtype.element_ty), mask=row_ok)
 
 
