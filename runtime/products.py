@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime.kernels.fused import quant_fp8_rows
+from runtime.kernels.moe_fp8 import Fp8Tiles
 from runtime.kernels.products import Rows8, Share, fp8_product
 from runtime.ops import Fp8Weight
 
@@ -22,10 +23,13 @@ Key = tuple[int, int, int]
 
 @dataclass
 class Products:
-    """The table. `seconds`: what was timed, by key: torch's product and the best other one."""
+    """The table. `seconds`: what was timed, by key: torch's product and the best other one. `prefill`: the products of MoE
+    layers of long prefills, by the shape of `w13`, and what was timed for it."""
 
     shares: dict[Key, Share] = field(default_factory=dict)
     seconds: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    prefill: dict[tuple[int, ...], Fp8Tiles] = field(default_factory=dict)
+    prefill_seconds: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
 
     def find(self, rows: int, weight: Fp8Weight) -> Share | None:
         """How this product is cut, if it is to be."""
@@ -34,10 +38,13 @@ class Products:
 
     def report(self) -> list[dict[str, object]]:
         """A line a timed product, for records."""
-        return [{"part": "fp8 product", "tokens": key[0], "shape": list(key[1:]), "plain_s": plain, "fused_s": cut,
+        layers = [{"part": "fp8 MoE prefill", "tokens": None, "shape": list(key), "plain_s": plain, "fused_s": best,
+                   "serves": str(self.prefill.get(key, "plain")), "cuts": []}
+                  for key, (plain, best) in sorted(self.prefill_seconds.items())]
+        return [*layers, *({"part": "fp8 product", "tokens": key[0], "shape": list(key[1:]), "plain_s": plain, "fused_s": cut,
                  "serves": "cut" if key in self.shares else "plain",
                  "cuts": [vars(self.shares[key])] if key in self.shares else []}
-                for key, (plain, cut) in sorted(self.seconds.items())]
+                for key, (plain, cut) in sorted(self.seconds.items()))]
 
 
 def bucket_of(rows: int) -> int | None:

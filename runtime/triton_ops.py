@@ -180,7 +180,7 @@ class TritonOps(TorchOps):
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
                          limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH,
-                         x_scale_T=scale_N)
+                         x_scale_T=scale_N, fp8_tiles=self.products.prefill.get(tuple(w.w13.shape)))
 
 
 def _prefill_parts(q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, scale: float,

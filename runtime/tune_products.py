@@ -21,6 +21,7 @@ from runtime.model.attention import Gqa, Mla
 from runtime.ops import Fp8Weight, Weight
 from runtime.products import Key, Products, bucket_of, cut_product, narrow, torch_product
 from runtime.triton_ops import TritonOps
+from runtime.tune_prefill import tune_prefill
 
 if TYPE_CHECKING:
     from runtime.model.transformer import Layer, Transformer
@@ -62,6 +63,7 @@ def tune_products(transformer: Transformer, sizes: Sequence[int], timer: Timer, 
             key = (bucket, *weights[0].data.shape)
             if key not in table.seconds:  # a former formation of this process may have timed it
                 decide(table, key, weights, timer, pdl=pdl)
+    tune_prefill(transformer, table, timer)
 
 
 def decide(table: Products, key: Key, weights: Sequence[Fp8Weight], timer: Timer, *, pdl: bool = False) -> None:

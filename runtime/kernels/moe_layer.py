@@ -11,6 +11,7 @@ import torch
 
 from runtime.kernels.fused import FP8
 from runtime.kernels.moe import fused_moe, fused_moe_fp8
+from runtime.kernels.moe_fp8 import Fp8Tiles
 from runtime.kernels.moe_prefill import prefill_moe
 
 _FP8_ROWS = 24
@@ -36,11 +37,13 @@ def moe_layer(
     all_experts: int | None = None,
     out_TH: torch.Tensor | None = None,
     x_scale_T: torch.Tensor | None = None,
+    fp8_tiles: Fp8Tiles | None = None,
 ) -> torch.Tensor:
     """`moe.fused_moe`'s function and arguments, by whichever implementation is fastest at these shapes.
 
     A fall in precision comes with size: from 25 rows an expert, fp8 weights meet activations rounded to fp8 row by row.
-    The rows an expert gets are estimated as all choices over `all_experts`, else over all of the map's.
+    The rows an expert gets are estimated as all choices over `all_experts`, else over all of the map's. `fp8_tiles`: the
+    products of layers of many rows an expert, wholly in fp8; else torch's and one before it.
     """
     plain = activation == "silu_mul" and w13_bias_E2I is None and w2_bias_EH is None
     all_experts = all_experts or (expert_map.numel() if expert_map is not None else w2_EHI.shape[0])
@@ -48,7 +51,7 @@ def moe_layer(
     operands = (x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK)
     scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH, "x_scale_T": x_scale_T}
     if plain and each > (_GROUPED_ROWS_FP8 if w13_E2IH.dtype == FP8 else _GROUPED_ROWS):
-        return prefill_moe(*operands, expert_map=expert_map, out_TH=out_TH, **scales)
+        return prefill_moe(*operands, expert_map=expert_map, out_TH=out_TH, tiles=fp8_tiles, **scales)
     if each > _FP8_ROWS and plain and w13_E2IH.dtype == FP8:
         assert w13_scale_E2I is not None and w2_scale_EH is not None
         return fused_moe_fp8(*operands, expert_map=expert_map, w13_scale_E2I=w13_scale_E2I, w2_scale_EH=w2_scale_EH,

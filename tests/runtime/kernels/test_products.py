@@ -8,10 +8,11 @@ import torch
 pytest.importorskip("triton")
 from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
 
-from runtime import tune_products
-from runtime.kernels import products
+from runtime import tune_prefill, tune_products
+from runtime.kernels import moe_layer, moe_prefill, products
+from runtime.kernels.moe_fp8 import Fp8Tiles, Grouped
 from runtime.kernels.products import Rows8, Share, cuts_of, fp8_product, fp8_product_gated, fp8_product_normed
-from runtime.ops import Down, Fp8Weight, Norm, TorchOps
+from runtime.ops import Down, ExpertWeights, Fp8Weight, Norm, TorchOps
 from runtime.products import Products, bucket_of
 from runtime.quantise import join, quantise_rows, weight_of
 from runtime.triton_ops import TritonOps
@@ -174,3 +175,39 @@ def test_candidates_fit_a_multiprocessor() -> None:
         for share in shares:
             assert share.resident * share.stages * share.k * (share.m + share.n) <= 227 * 1024, share
             assert share.m in (bucket, bucket // 2) and share.m * share.n // (32 * share.warps) <= 128, share
+
+
+def test_products_of_long_prefills_are_timed_too(device, rng, monkeypatch) -> None:
+    """Tiles that do not fit are passed over; those that are faster serve layers of many rows an expert."""
+    (w13, s13), (w2, s2) = (quantise_rows(normal(rng, 2, *shape, scale=0.2)) for shape in ((64, 48), (48, 32)))
+    w = ExpertWeights(*(t.to(device) for t in (w13, w2)), s13=s13.to(device), s2=s2.to(device))
+    fast = Fp8Tiles(Grouped(16, 16, 16, 4, 2), Grouped(16, 16, 16, 4, 2))
+    monkeypatch.setattr(tune_prefill, "CANDIDATES", (Fp8Tiles(fast.up, Grouped(16, 32, 16, 4, 2)), fast))
+    monkeypatch.setattr(tune_prefill, "_ROUNDING", 0.06 + FP8_STEP)
+    monkeypatch.setattr(moe_prefill, "_scaled_grouped_mm", grouped)
+
+    def decided(seconds: float) -> Products:
+        table = Products()
+        tune_prefill.decide(table, w, 1, lambda calls: seconds if "tiles" in calls[0].keywords else 1.0, rows=6)
+        return table
+
+    table = decided(0.5)
+    assert table.prefill == {(2, 64, 48): fast} and table.prefill_seconds == {(2, 64, 48): (1.0, 0.5)}
+    assert "Grouped" in str(table.report()[0]["serves"]) and not decided(1.1).prefill
+    ops = TritonOps()
+    ops.products = table
+    seen = []
+    monkeypatch.setattr(moe_layer, "_GROUPED_ROWS_FP8", 2)
+    monkeypatch.setattr(moe_layer, "prefill_moe", lambda *a, **k: seen.append(k["tiles"]))
+    ops.experts(normal(rng, 8, 48, dtype=HALF).to(device), torch.zeros(8, 1, device=device).int(), torch.ones(8, 1), w, None)
+    assert seen == [fast]
+
+
+def grouped(a, w, a_scale, w_scale, offs):
+    """Torch's grouped product, which a CPU does not have."""
+    out, begin = torch.zeros(len(a), w.shape[1], dtype=HALF, device=a.device), 0
+    for expert, end in enumerate(offs.tolist()):
+        rows = a[begin:end].float() * a_scale[begin:end, None]
+        out[begin:end] = (rows @ (w[expert].float() * w_scale[expert][:, None]).T).to(HALF)
+        begin = end
+    return out
