@@ -97,6 +97,8 @@ def measure(rank: int, case: Case) -> dict[str, Any]:
     """Seconds of every step and the last tokens of every way; sums of TP ranks."""
     config = tiny_config("deepseek_v3", hidden=case.hidden, layers=case.layers, experts=case.experts, top_k=case.top_k,
                          vocab=4096, context=case.context + 4 * (case.steps + _WARM) + _BLOCK)
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 32, "q_lora_rank": 1536, "kv_lora_rank": 512,
+               "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}  # DeepSeek-V3's attention, fewer heads
     model = model_from_hf_config(config, "deepseek-shaped")
     at = RankLayout(rank, 0, "mixed", 0, 0, case.dp, case.tp, case.ranks, rank // case.tp, rank % case.tp, case.experts)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -29,12 +29,14 @@ class MlaTile:
     resident: int
 
 
-def choose_mla_tile(heads: int) -> MlaTile:
-    """Up to 32 heads the cache read is the limit (small tiles, two programs each); above, the matrix units are."""
+def choose_mla_tile(heads: int, dim: int = 576) -> MlaTile:
+    """Up to 32 heads the cache read is the limit (small tiles, two of them in shared memory if rows of `dim` columns let
+    them); above, the matrix units are."""
+    stages = 5 if dim <= 640 else 4
     if heads <= 16:
-        return MlaTile(16, 64, 4, 5, 1)
+        return MlaTile(16, 64, 4, stages, 1)
     if heads <= 32:
-        return MlaTile(32, 64, 4, 5, 1)
+        return MlaTile(32, 64, 4, stages, 1)
     return MlaTile(64, 64, 8, 2, 1)
 
 
@@ -61,7 +63,7 @@ def mla_decode(
     assert dim == cache_dim and q_BHD.is_contiguous() and cache.is_contiguous()
     assert block_table_BP.stride(1) == 1 and seq_lens_B.dtype == block_table_BP.dtype == torch.int32
     hopper = _hopper(q_BHD, cache, latent) if tile is None else None
-    tile = tile or choose_mla_tile(heads)
+    tile = tile or choose_mla_tile(heads, dim)
     groups = triton.cdiv(heads, tile.heads)
     bound = max_context or block_table_BP.shape[1] * block_tokens
     slots = multiprocessors(q_BHD.device.index or 0) * tile.resident
