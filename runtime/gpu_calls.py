@@ -22,9 +22,13 @@ from runtime.kernels.fused import add_rmsnorm, quant_fp8_rows, silu_mul
 from runtime.kernels.gate import gate_topk, router_logits
 from runtime.kernels.moe_layer import moe_layer
 from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
+from runtime.ops import Fp8Weight
+from runtime.products import bucket_of, cut_product, narrow, torch_product
 from runtime.quantise import quantise_rows
 from runtime.replicas import Replicas
 from runtime.triton_ops import TritonOps
+from runtime.tune import chains, graph_seconds
+from runtime.tune_products import decide, process_table
 from twin.policy.placement import place_global
 
 Call = Callable[[], object]
@@ -44,9 +48,24 @@ def _gemm(attrs: dict[str, str], v: Values) -> list[Call]:
     m, n, k = v["m"], v["n"], v["k"]
     sets = _sets(2 * (n * k + m * k))
     if attrs["dtype"] == "fp8":
-        return [fp8_product(m, n, k) for _ in range(sets)]
+        return _as_served(m, n, k, _sets(n * k + m * k))
     pairs = [(_randn(m, k), _randn(n, k)) for _ in range(sets)]
     return [lambda x=x, w=w: F.linear(x, w) for x, w in pairs]
+
+
+def _as_served(m: int, n: int, k: int, sets: int) -> list[Call]:
+    """Row-wise scaled products of rows in fp8 with fp8 weights, by the kernel that an engine would choose at its start."""
+    weights = [Fp8Weight(*quant_fp8_rows(_randn(n, k))) for _ in range(sets)]
+    share = None
+    if (bucket := bucket_of(m)) is not None:
+        table = process_table()
+        if (bucket, n, k) not in table.seconds:
+            decide(table, (bucket, n, k), weights[:16], graph_seconds, pdl=chains())
+        share = table.find(m, weights[0])
+    x = narrow(_randn(m, k))
+    if share is not None:
+        return [lambda w=w: cut_product(x, w, share) for w in weights]
+    return [lambda w=w: torch_product(x, w) for w in weights]
 
 
 def fp8_product(m: int, n: int, k: int) -> Call:
