@@ -49,7 +49,7 @@ LANES = (Cut(4, 1024, 4), Cut(8, 1024, 4), Cut(8, 2048, 8))
 TENSOR = (Cut(16, 256, 4, 4, dot=True), Cut(32, 256, 4, 3, dot=True), Cut(16, 512, 4, 3, dot=True))
 ROUTER = (Cut(2, 0, 1), Cut(4, 0, 2), Cut(4, 0, 4), Cut(2, 0, 4))
 UP = (Cut(8, 1024, 4), Cut(4, 1024, 4), Cut(4, 2048, 4))
-DOWN = (Cut(4, 1024, 4), Cut(8, 1024, 4), Cut(4, 512, 2))
+DOWN = (Cut(4, 1024, 4), Cut(8, 512, 4), Cut(4, 512, 2))
 
 
 @dataclass(frozen=True)
