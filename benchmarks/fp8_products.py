@@ -30,7 +30,7 @@ from runtime.kernels.products import Rows8, Share, fp8_product_gated, fp8_produc
 from runtime.ops import Fp8Weight
 from runtime.products import cut_product, torch_product
 from runtime.quantise import quantise_rows
-from runtime.tune_products import CANDIDATES
+from runtime.tune_products import CANDIDATES, candidates
 
 Json = dict[str, Any]
 _ROTATED_BYTES = 150e6
@@ -133,8 +133,9 @@ def _weight(data: torch.Tensor) -> Fp8Weight:
 
 
 def _candidates(rows: int) -> Iterator[Share]:
-    """The tuner's, launched early; and its first without."""
-    yield from (replace(share, pdl=True) for share in CANDIDATES[rows])
+    """The tuner's, launched early; and its first without, and without asking for weights ahead."""
+    yield from candidates(rows, pdl=True)
+    yield replace(CANDIDATES[rows][0], pdl=True)
     yield CANDIDATES[rows][0]
 
 
@@ -196,7 +197,7 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _name(share: Json) -> str:
-    flags = "".join(letter for letter, name in (("W", "whole"), ("T", "tma"), ("P", "pdl")) if share[name])
+    flags = "".join(letter for letter, name in (("W", "whole"), ("T", "tma"), ("P", "pdl"), ("A", "ahead")) if share[name])
     return f"{share['m']}x{share['n']}x{share['k']}/{share['warps']}w{share['stages']}s{share['resident']}{flags}"
 
 

@@ -52,11 +52,11 @@ def bucket_of(rows: int) -> int | None:
     return next((bucket for bucket in BUCKETS if 0 < rows <= bucket), None)
 
 
-def narrow(x: torch.Tensor | Rows8) -> Rows8:
-    """Rows rounded to fp8, unless they are."""
+def narrow(x: torch.Tensor | Rows8, share: Share | None = None) -> Rows8:
+    """Rows rounded to fp8, unless they are, for a product that is cut so."""
     if isinstance(x, Rows8):
         return x
-    return Rows8(*quant_fp8_rows(x.contiguous()), x.dtype)
+    return Rows8(*quant_fp8_rows(x.contiguous(), early=share is not None and share.pdl), x.dtype)
 
 
 def torch_product(x: Rows8, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -63,7 +63,7 @@ class TritonOps(TorchOps):
         rows = len(x.data if isinstance(x, Rows8) else x)
         share = self.products.find(rows, weight)
         if share is not None:
-            return cut_product(narrow(x), weight, share, bias)
+            return cut_product(narrow(x, share), weight, share, bias)
         if isinstance(x, torch.Tensor) and not (x.is_cuda and rows):
             return super().linear(x, weight, bias)
         return torch_product(narrow(x), weight, bias)
@@ -75,7 +75,8 @@ class TritonOps(TorchOps):
         if both is None or not len(residual_TH) or not (share or residual_TH.is_cuda):
             return super().norm_down(x_TH, residual_TH, norm, down)
         rows = Rows8(*add_rmsnorm_quant(residual_TH if x_TH is None else x_TH, norm.weight, norm.eps,
-                                        None if x_TH is None else residual_TH), residual_TH.dtype)
+                                        None if x_TH is None else residual_TH, early=share is not None and share.pdl),
+                     residual_TH.dtype)
         if share is not None and row_fits(len(down.q_norm.weight), share):
             q, latent = fp8_product_normed(rows, both.data, both.scale, share, down.q_norm)
             return q, latent, residual_TH
@@ -87,7 +88,7 @@ class TritonOps(TorchOps):
             return super().gated_ffn(x_TH, w13, w2)
         share = self.products.find(len(x_TH), w13)
         if share is not None and row_fits(len(w13.data) // 2, share):
-            return self.linear(fp8_product_gated(narrow(x_TH), w13.data, w13.scale, share), w2)
+            return self.linear(fp8_product_gated(narrow(x_TH, share), w13.data, w13.scale, share), w2)
         if not (x_TH.is_cuda and len(x_TH)):
             return super().gated_ffn(x_TH, w13, w2)
         return self.linear(Rows8(*silu_mul_quant(self.linear(x_TH, w13)), x_TH.dtype), w2)

@@ -33,6 +33,8 @@ _ROUNDING = 0.01
 """Relative error in norm between two products of the same fp8 numbers, summed in fp32 and rounded to bf16."""
 _ROTATED_BYTES = 150e6
 """Weights that a timing rotates over: two and a half times an H200's L2."""
+_AHEAD = 512
+"""Bytes of a weight row that are asked for while the forerunner ends: what a program's loads in flight will want first."""
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 
 CANDIDATES: dict[int, tuple[Share, ...]] = {
@@ -86,7 +88,7 @@ def decide(table: Products, key: Key, weights: Sequence[Fp8Weight], timer: Timer
 def candidates(bucket: int, pdl: bool) -> Iterator[Share]:
     """Ways to cut a product of up to so many rows."""
     for share in CANDIDATES[bucket]:
-        yield replace(share, pdl=pdl)
+        yield replace(share, pdl=pdl, ahead=_AHEAD if pdl else 0)
 
 
 def _timed(x: Rows8, weights: Sequence[Fp8Weight], share: Share, want: torch.Tensor, timer: Timer) -> float | None:

@@ -1,7 +1,8 @@
 """Small fused operators between the GEMMs: norm with residual, activation, row-wise fp8 quantisation.
 
 Shapes: T tokens, H hidden, I expert or MLP width, N rows. fp8 is float8_e4m3fn with one fp32 scale a row:
-value = fp8 * scale, scale = max|row| / 448 (the largest e4m3 number).
+value = fp8 * scale, scale = max|row| / 448 (the largest e4m3 number). `early`: a kernel behind that is launched for it may
+start at once, and wait by itself (see `skinny.Cut`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from runtime.kernels.skinny import let_follower_start
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = tl.constexpr(448.0)
@@ -28,13 +31,13 @@ def add_rmsnorm(
     block = triton.next_power_of_2(hidden)
     _add_rmsnorm_kernel[(tokens,)](
         x_TH, residual_TH if residual_TH is not None else x_TH, weight_H, out_TH, weight_H, x_TH.stride(0), hidden, eps,
-        HAS_RESIDUAL=residual_TH is not None, QUANT=False, BLOCK=block, num_warps=_warps(block),
+        HAS_RESIDUAL=residual_TH is not None, QUANT=False, EARLY=False, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out_TH
 
 
 def add_rmsnorm_quant(
-    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None, *, early: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rmsnorm` then `quant_fp8_rows`, without the row in between touching memory."""
     tokens, hidden = x_TH.shape
@@ -44,7 +47,7 @@ def add_rmsnorm_quant(
     block = triton.next_power_of_2(hidden)
     _add_rmsnorm_kernel[(tokens,)](
         x_TH, residual_TH if residual_TH is not None else x_TH, weight_H, out, scale, x_TH.stride(0), hidden, eps,
-        HAS_RESIDUAL=residual_TH is not None, QUANT=True, BLOCK=block, num_warps=_warps(block),
+        HAS_RESIDUAL=residual_TH is not None, QUANT=True, EARLY=early, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out, scale
 
@@ -67,13 +70,15 @@ def silu_mul_quant(gate_up_N2I: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return _quantised(_silu_mul_quant_kernel, gate_up_N2I, rows, twice // 2)
 
 
-def quant_fp8_rows(x_NH: torch.Tensor, num_used: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quant_fp8_rows(
+    x_NH: torch.Tensor, num_used: torch.Tensor | None = None, *, early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp8 rows, fp32 scale a row), dynamic: each row's largest magnitude becomes 448.
 
     With `num_used` [1] int32, a device's count, later rows are neither read nor written.
     """
     assert x_NH.is_contiguous()
-    return _quantised(_quant_kernel, x_NH, *x_NH.shape, num_used)
+    return _quantised(_quant_kernel, x_NH, *x_NH.shape, num_used, early)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
@@ -84,12 +89,16 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _quantised(kernel, x, rows: int, width: int, num_used: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantised(
+    kernel, x, rows: int, width: int, num_used: torch.Tensor | None = None, early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(rows, width, dtype=FP8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     used = num_used if num_used is not None else scale
-    kernel[(rows,)](x, out, scale, used, width, LIMITED=num_used is not None, BLOCK=block, num_warps=_warps(block))
+    kernel[(rows,)](
+        x, out, scale, used, width, LIMITED=num_used is not None, EARLY=early, BLOCK=block, num_warps=_warps(block)
+    )
     return out, scale
 
 
@@ -100,8 +109,9 @@ def _warps(block: int) -> int:
 @triton.jit
 def _add_rmsnorm_kernel(
     x, residual, weight, out, out_scale, x_stride, hidden, eps, HAS_RESIDUAL: tl.constexpr, QUANT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    let_follower_start(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
@@ -143,7 +153,8 @@ def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    let_follower_start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if LIMITED:  # noqa: SIM102 - one `if` would load even when not limited
         if row >= tl.load(num_used):
@@ -154,7 +165,8 @@ def _silu_mul_quant_kernel(gate_up, out, scale, num_used, width, LIMITED: tl.con
 
 
 @triton.jit
-def _quant_kernel(x, out, scale, num_used, width, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
+def _quant_kernel(x, out, scale, num_used, width, LIMITED: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    let_follower_start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if LIMITED:  # noqa: SIM102 - one `if` would load even when not limited
         if row >= tl.load(num_used):

@@ -36,7 +36,8 @@ class Rows8(NamedTuple):
 @dataclass(frozen=True)
 class Share:
     """How a product is cut: rows, columns and depth of a tile, warps, loads in flight, programs a multiprocessor.
-    `whole`: no tile is cut along K. `tma`: tiles come by the copy engine. `pdl`: see `skinny.Cut`."""
+    `whole`: no tile is cut along K. `tma`: tiles come by the copy engine. `pdl`: see `skinny.Cut`; `ahead`: so many bytes of each
+    of its first tile's weight rows a program then asks for while its forerunner ends."""
 
     m: int
     n: int
@@ -47,6 +48,7 @@ class Share:
     whole: bool = False
     tma: bool = False
     pdl: bool = False
+    ahead: int = 0
 
 
 class Cuts(NamedTuple):
@@ -169,12 +171,22 @@ def _parts(
 
         a, b = (TensorDescriptor.from_tensor(t, [block, share.k]) for t, block in ((x.data, share.m), (w_NK, share.n)))
     _parts_kernel[(c.programs,)](
-        a, b, parts, *(after or (x.scale,) * 5), width, depth, rows, c.tiles, c.tiles_m, c.steps, c.share, c.slots,
+        a, b, w_NK, parts, *(after or (x.scale,) * 5), width, depth, rows, c.tiles, c.tiles_m, c.steps, c.share, c.slots,
         DIRECT=direct, **(flags or {"HAS_BIAS": False, "ADD": False}), TMA=share.tma, EVEN_N=width % share.n == 0,
         EVEN_K=depth % share.k == 0, BLOCK_M=share.m, BLOCK_N=share.n, BLOCK_K=share.k, PDL=share.pdl,
-        num_warps=share.warps, num_stages=share.stages, **({"launch_pdl": True} if share.pdl else {}),
+        AHEAD=min(share.ahead, depth) if share.pdl and depth % 16 == 0 else 0, num_warps=share.warps,
+        num_stages=share.stages, **({"launch_pdl": True} if share.pdl else {}),
     )  # fmt: skip
     return parts, c
+
+
+@triton.jit
+def _ask(places, BYTES: tl.constexpr):
+    """Bring BYTES, of sixteen times so many, from each place into the second-level cache (sm_90)."""
+    tl.inline_asm_elementwise(
+        f"cp.async.bulk.prefetch.L2.global [$1], {BYTES}; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -192,15 +204,19 @@ def _finished(
 
 @triton.jit(do_not_specialize=["rows", "tiles", "tiles_m", "steps", "share", "slots"])
 def _parts_kernel(
-    x, w, parts, out, x_scale, w_scale, bias, residual, width, depth, rows, tiles, tiles_m, steps, share, slots,
+    x, w, w_rows, parts, out, x_scale, w_scale, bias, residual, width, depth, rows, tiles, tiles_m, steps, share, slots,
     DIRECT: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Weight rows are the matrix unit's rows: it takes 64 of them at least, but as few as 16 of the others."""
     pid = tl.program_id(0)
     begin = pid * share
     end = tl.minimum(begin + share, tiles * steps)
     first = begin // steps
+    if AHEAD > 0:
+        row = tl.minimum(first // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N), width - 1).to(tl.int64)
+        _ask(w_rows + row * depth + tl.minimum((begin - first * steps) * BLOCK_K, depth - AHEAD), AHEAD)
     wait_for_forerunner(PDL)
     k = tl.arange(0, BLOCK_K)
     for tile in range(first, tl.cdiv(end, steps)):

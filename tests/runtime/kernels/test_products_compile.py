@@ -42,16 +42,16 @@ def tile(rows, columns):
 floats = dict.fromkeys(("parts", "x_scale", "w_scale", "h_scale", "scale"), "*fp32")
 half = dict.fromkeys(("out", "bias", "residual", "rest", "gain", "y"), "*bf16")
 whole = dict.fromkeys(("sorted_rows", "expert_ids", "num_padded", "ids", "map_", "counts", "ends", "places"), "*i32")
-fp8 = dict.fromkeys(("x", "w", "w13", "h"), "*fp8e4nv")
+fp8 = dict.fromkeys(("x", "w", "w_rows", "w13", "h"), "*fp8e4nv")
 types = {**floats, **half, **whole, **fp8}
 moe = {**types, "steps": "*fp32"}
 for share in {share for shares in CANDIDATES.values() for share in shares}:
     operands = {"x": tile(share.m, share.k), "w": tile(share.n, share.k)} if share.tma else {}
     flags = {"HAS_BIAS": share.whole, "ADD": False, "TMA": share.tma, "EVEN_N": False, "EVEN_K": True, "BLOCK_M": share.m,
-             "BLOCK_N": share.n, "BLOCK_K": share.k, "PDL": True}
+             "BLOCK_N": share.n, "BLOCK_K": share.k, "PDL": True, "AHEAD": 512}
     flags["DIRECT"] = share.whole
     made = build(products._parts_kernel, flags, share.warps, share.stages, True, **{**types, **operands})
-    assert "wgmma" in made.asm["ptx"] and "griddepcontrol.wait" in made.asm["ptx"]
+    assert all(part in made.asm["ptx"] for part in ("wgmma", "griddepcontrol.wait", "cp.async.bulk.prefetch.L2.global"))
     assert share.resident * made.metadata.shared <= 227 * 1024, (share, made.metadata.shared)
 for n in sorted({share.n for shares in CANDIDATES.values() for share in shares}):
     common = {"MOST": 8, "BLOCK_M": 128, "BLOCK_N": n, "PDL": True}
