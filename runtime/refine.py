@@ -33,7 +33,7 @@ CONTEXT = 1000
 
 # A whole row's weights lie in registers before the forerunner's results are there.
 ROWS = (Cut(8, 2048, 4), Cut(4, 2048, 4), Cut(8, 4096, 8), Cut(4, 4096, 4), Cut(4, 4096, 8), Cut(16, 2048, 8))
-ATTENTION = (Cut(64, 16, 8), Cut(64, 8, 8), Cut(32, 32, 4), Cut(32, 16, 4), Cut(64, 16, 4))
+ATTENTION = (Cut(64, 16, 4), Cut(64, 8, 8), Cut(32, 32, 4), Cut(32, 16, 4), Cut(128, 8, 8))
 ROUTER = (Cut(2, 0, 4), Cut(1, 0, 4), Cut(2, 0, 8))
 STREAMS = (Cut(2, 2048, 4, per_sm=4), Cut(4, 2048, 8, per_sm=2), Cut(1, 2048, 4, per_sm=8), Cut(2, 2048, 4))
 SIDE_BY_SIDE = (Cut(4, 256, 4, stages=3), Cut(4, 256, 4, stages=2), Cut(2, 256, 4, stages=3), Cut(8, 256, 8, stages=3),
