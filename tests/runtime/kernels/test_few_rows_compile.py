@@ -13,18 +13,21 @@ pytest.importorskip("triton")
 
 PROGRAM = """
 import pathlib
+import re
 import subprocess
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime import tune
-from runtime.kernels import gate, moe_rows, skinny
+from runtime import refine, tune
+from runtime.kernels import attention_row, gate, moe_rows, skinny
 
-def build(kernel, constants, cut, **types):
+def build(kernel, constants, cut, asked=0, **types):
+    # asked: bytes of weights that a program asks for before it waits
     signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     place = kernel.arg_names.index
-    aligned = {(place(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    aligned = {(place(name),): [["tt.divisibility", 16]] for name, kind in signature.items()
+               if kind[0] == "*" or (name in ("x_stride", "width") and not cut.dot)}
     source = ASTSource(kernel, signature, {(place(name),): value for name, value in constants.items()}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32),
                           options={"num_warps": cut.warps, "num_stages": cut.stages, "launch_pdl": True})
@@ -34,28 +37,47 @@ def build(kernel, constants, cut, **types):
     binary.write_bytes(made.asm["cubin"])
     usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)], capture_output=True, text=True).stdout
     assert "STACK:0" in usage, (kernel.__name__, cut, usage[-200:])
+    registers = int(usage.split("REG:")[1].split()[0])
+    assert registers * 32 * cut.warps * max(1, cut.per_sm) <= 65536, (kernel.__name__, cut, registers)
+    # what a chain reads of weights is on its way, 16 bytes a lane, before the forerunner's results are there
+    before = made.asm["ptx"].partition("griddepcontrol.wait")[0]
+    assert len(re.findall(r"ld\\.global\\S*v4\\.b32", before)) >= asked // (512 * cut.warps), (kernel.__name__, cut)
 
 half = dict.fromkeys(("x", "w", "out", "residual", "gain", "bias", "w13", "h", "w2", "normed"), "*bf16")
 floats = {"scale": "*fp32", "eps": "fp32", "weights": "*fp32", "alpha": "fp32", "limit": "fp32", "ids": "*i32"}
-for cut in (*tune.LANES, *tune.TENSOR):
+for cut in (*tune.LANES, *tune.TENSOR, *refine.ROWS):
     for narrow in (False, True):
-        common = {"DEPTH": 2048, "NORM": True, "ADD": True, "HAS_SCALE": narrow, "HAS_BIAS": False, "EVEN_N": True,
-                  "EVEN_K": True, "PDL": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}
+        common = {"DEPTH": max(2048, cut.k), "NORM": True, "ADD": True, "HAS_SCALE": narrow, "HAS_BIAS": False, "EVEN_N": True,
+                  "EVEN_K": True, "PDL": True, "EARLY": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}
         kernel = skinny._tile_kernel if cut.dot else skinny._vector_kernel
-        build(kernel, common, cut, **{**half, **floats, "w": "*fp8e4nv" if narrow else "*bf16"})
-shape = {"HIDDEN": 2048, "WIDTH": 768, "CHOICES": 8, "HAS_SCALE": False, "HAS_BIAS": False, "EVEN_K": True, "PDL": True}
-for cut in tune.UP:
-    build(moe_rows._up_rows_kernel, {**shape, "ACTIVATION": 0, "EVEN_N": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}, cut, **half,
+        build(kernel, common, cut, 0 if cut.dot else cut.n * cut.k * (1 if narrow else 2),
+              **{**half, **floats, "w": "*fp8e4nv" if narrow else "*bf16"})
+shape = {"HIDDEN": 2048, "WIDTH": 768, "CHOICES": 8, "HAS_SCALE": False, "HAS_BIAS": False, "EVEN_K": True, "PDL": True,
+         "ONE": True}
+for cut in (*tune.UP, *refine.STREAMS):
+    kernel = moe_rows._up_stream_kernel if cut.per_sm else moe_rows._up_rows_kernel
+    build(kernel, {**shape, "ACTIVATION": 0, "EVEN_N": True, "BLOCK_N": cut.n, "BLOCK_K": cut.k}, cut, **half,
           **{**floats, "experts": "i32"})
+shape |= {"ADD": True, "EARLY": True}
 for cut in tune.DOWN:
-    build(moe_rows._down_rows_kernel, {**shape, "ADD": True, "EVEN_K": False, "BLOCK_N": cut.n, "BLOCK_K": cut.k}, cut,
-          **half, **floats)
-for cut in tune.ROUTER:
+    build(moe_rows._down_rows_kernel, {**shape, "EVEN_K": False, "BLOCK_N": cut.n, "BLOCK_K": cut.k}, cut, **half, **floats)
+for cut in refine.SIDE_BY_SIDE:
+    build(moe_rows._down_side_by_side_kernel, {**shape, "BLOCK_N": cut.n, "BLOCK_K": cut.k, "AHEAD": cut.stages, "BLOCK_C": 8},
+          cut, cut.n * 8 * cut.k * cut.stages * 2, **half, **floats)
+for cut in refine.ATTENTION:
+    build(attention_row._row_kernel, {
+        "KV_HEADS": 4, "GROUP": 8, "DIM": 128, "ROTARY": 128, "BLOCK_TOKENS": 64, "SPLITS": cut.k, "INTERLEAVED": False,
+        "Q_NORM": True, "K_NORM": True, "HAS_SINKS": False, "PDL": True, "EARLY": True, "BLOCK_M": 16, "BLOCK_G": 8,
+        "BLOCK_D": 128, "BLOCK_N": cut.n, "CHUNK": min(8, cut.k)}, cut, **{
+        **dict.fromkeys(("qkv", "cache", "q_norm", "k_norm", "out"), "*bf16"), "table": "*i32", "seq_len": "*i32",
+        "arrived": "*i32", **dict.fromkeys(("cos_sin", "sinks", "parts", "lse"), "*fp32"), "scale_log2": "fp32", "eps": "fp32"})
+for cut, ahead in ((cut, bytes_) for cut in (*tune.ROUTER, *refine.ROUTER) for bytes_ in (0, 20 << 20)):
     build(gate._norm_gate_kernel, {
         "HIDDEN": 2048, "HAS_LOGIT_BIAS": False, "HAS_SLOTS": True, "HAS_LOAD": True, "K": 8, "SIGMOID": False, "PDL": True,
+        "EARLY": True, "AHEAD_BYTES": ahead, "RANKED": cut.warps >= 4,
         "RENORMALIZE": True, "HAS_BIAS": False, "GROUPS": 1, "TOPK_GROUPS": 1, "EACH": 128, "TOP2": True, "BLOCK_G": 1,
         "BLOCK_E": 128, "BLOCK_N": cut.n, "BLOCK_H": 2048}, cut, **{**half, **floats, "scale": "fp32", "logits": "*fp32",
-        "logit_bias": "*fp32", "bias": "*fp32", "arrived": "*i32", "slots": "*i64", "load": "*i64"})
+        "logit_bias": "*fp32", "bias": "*fp32", "ahead": "*bf16", "arrived": "*i32", "slots": "*i64", "load": "*i64"})
 print("compiled")
 """
 
