@@ -135,7 +135,8 @@ def test_prefill_layer_wholly_in_fp8(shape, tma, device, rng, monkeypatch) -> No
     case, scales = fp8_layer(rng, device, *shape)
     case["topk_ids_TK"][::5, 0] = -1
     tiles = Fp8Tiles(Grouped(16, 32, 32, 4, 2, group=3 if tma else 1, tma=tma), Grouped(16, 16, 32, 4, 2, group=2))
-    for bound, options in ((0.06 if FP8_STEP < 0.1 else 0.2, {}), (0.02 + FP8_STEP, {"fp8_rows": True})):
+    for options in ({}, {"fp8_rows": True}):  # activations are rounded by other scales than the reference's: near it, not on it
+        bound = 0.06 if FP8_STEP < 0.1 else 0.2
         check(case, bound, device, monkeypatch, run=partial(moe_prefill.prefill_moe, tiles=tiles), **options, **scales)
 
 

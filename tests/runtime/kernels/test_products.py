@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 from kernel_checks import FP8_STEP, HALF, normal, poisoned, relative_error
+from test_decode_runner import BLOCK, build, prompts, tiny
 
 from runtime import tune_prefill, tune_products
+from runtime.batch import make_step
 from runtime.kernels import moe_layer, moe_prefill, products
 from runtime.kernels.moe_fp8 import Fp8Tiles, Grouped
 from runtime.kernels.products import Rows8, Share, cuts_of, fp8_product, fp8_product_gated, fp8_product_normed
@@ -212,3 +214,22 @@ def grouped(a, w, a_scale, w_scale, offs):
         out[begin:end] = (rows @ (w[expert].float() * w_scale[expert][:, None]).T).to(HALF)
         begin = end
     return out
+
+
+@pytest.mark.parametrize("arch", ["deepseek_v3", "qwen3_moe"])
+def test_whole_steps_of_cut_products(arch: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fp8 product of a step by an entry: logits move by no more than what the rounding of activations explains."""
+    transformer, kv = build(tiny(arch), "triton", device, fp8=True)
+    ops, step = transformer.rig.ops, make_step(prompts(), BLOCK, device)
+    assert isinstance(ops, TritonOps)
+    want = transformer.forward(step, kv, 64)
+    shapes = {weights[0].data.shape for weights in tune_products.fp8_weights(transformer.layers)}
+    ops.products = Products({(bucket, *shape): Share(16, 16, 32, 4, 2) for shape in shapes for bucket in (16, 32)})
+    asked = []
+    plain = Products.find
+    monkeypatch.setattr(Products, "find", lambda *a: asked.append(plain(*a)) or asked[-1])
+    got = transformer.forward(step, kv, 64)
+    assert all(asked) and len(asked) >= {"deepseek_v3": 2 * 3 + 2 * 2, "qwen3_moe": 2 * 2}[arch]
+    assert len(shapes) == {"deepseek_v3": 7, "qwen3_moe": 2}[arch]
+    assert relative_error(got, want) < (0.25 if device.type == "cuda" else 0.6)
+    assert device.type == "cuda" or not torch.equal(got, want)  # a CPU's plain products round no activations
