@@ -57,11 +57,11 @@ class Layer:
         return layer(self.x, self.w13, self.w2, self.weights, self.ids, w13_scale_E2I=self.s13, w2_scale_EH=self.s2, **more)
 
 
-def make_layer(tokens: int) -> Layer:
-    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="cuda") * HIDDEN**-0.5
-    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, dtype=torch.bfloat16, device="cuda") * WIDTH**-0.5
+def make_layer(tokens: int, experts: int = EXPERTS) -> Layer:
+    w13 = torch.empty(experts, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="cuda").normal_(0, HIDDEN**-0.5)
+    w2 = torch.empty(experts, HIDDEN, WIDTH, dtype=torch.bfloat16, device="cuda").normal_(0, WIDTH**-0.5)
     (w13, s13), (w2, s2) = quantise_rows(w13), quantise_rows(w2)
-    weights, ids = torch.rand(tokens, EXPERTS, device="cuda").softmax(-1).topk(CHOICES, -1)
+    weights, ids = torch.rand(tokens, experts, device="cuda").softmax(-1).topk(CHOICES, -1)
     x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
     return Layer(w13, w2, s13, s2, x, weights.contiguous(), ids.int().contiguous())
 
@@ -69,14 +69,14 @@ def make_layer(tokens: int) -> Layer:
 def pieces(a: Layer) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each kernel of the layer as it is without `moe_fp8`."""
     xq, x_scale = quant_fp8_rows(a.x)
-    plan = align(a.ids, EXPERTS, 128, places=True)
+    plan = align(a.ids, len(a.w2), 128, places=True)
     up = lambda: up_projection(xq, a.w13, plan, CHOICES, moe_prefill._UP_FP8, 0, a.s13, None, 0.0, 0.0, x_scale,  # noqa: E731
                                torch.bfloat16, in_order=True)
     h = up()
     hq, h_scale = quant_fp8_rows(h, plan.num_padded)
     down = lambda: moe_prefill._scaled_grouped_mm(hq, a.w2, h_scale, a.s2, plan.ends)  # noqa: E731
     y, out = down(), torch.empty_like(a.x)
-    yield "align", lambda: align(a.ids, EXPERTS, 128, places=True)
+    yield "align", lambda: align(a.ids, len(a.w2), 128, places=True)
     yield "quantise x", lambda: quant_fp8_rows(a.x)
     yield "up", up
     yield "quantise h", lambda: quant_fp8_rows(h, plan.num_padded)
@@ -85,26 +85,26 @@ def pieces(a: Layer) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def compile_moe(index: int, count: int) -> None:
-    """Run this process's share of the candidates once."""
-    a = make_layer(4096)
+    """Run this process's share of the candidates once, with few experts, as all processes are on one device."""
+    a = make_layer(4096, 16)
     for tile, down in [*((tile, False) for tile in UPS), *((tile, True) for tile in DOWNS)][index::count]:
         try:
             candidate(a, tile, down)()
         except (RuntimeError, ValueError) as err:
             print(tile, str(err)[:200], file=sys.stderr)
     if index == 0:
-        a.run(moe_layer)
+        make_layer(TOKENS[0]).run(moe_layer)
 
 
 def candidate(a: Layer, tile: Grouped, down: bool) -> Callable[[], object]:
     """One product by a tile."""
     xq, x_scale = quant_fp8_rows(a.x)
-    plan = align(a.ids, EXPERTS, 128 if down else tile.m)
+    plan = align(a.ids, len(a.w2), 128 if down else tile.m)
     if not down:
         return lambda: up_fp8(xq, x_scale, a.w13, a.s13, plan, CHOICES, tile)
     h, scale = quant_fp8_rows(torch.randn(plan.sorted_rows.numel(), WIDTH, dtype=torch.bfloat16, device="cuda"))
     if tile.m > 128:
-        plan = align(a.ids, EXPERTS, tile.m)
+        plan = align(a.ids, len(a.w2), tile.m)
         h, scale = quant_fp8_rows(torch.randn(plan.sorted_rows.numel(), WIDTH, dtype=torch.bfloat16, device="cuda"))
     return lambda: down_fp8(h, scale, a.w2, a.s2, plan, tile)
 

@@ -34,7 +34,7 @@ from runtime.tune_products import CANDIDATES, candidates
 
 Json = dict[str, Any]
 _ROTATED_BYTES = 150e6
-_PROCESSES = 12
+_PROCESSES = 15
 _ROUNDING = 0.01
 ROWS = (128, 64, 16, 256)
 
