@@ -220,8 +220,8 @@ def steps(findings: Findings, bench: Bench, rates: Rates, context: int, replays:
     for name, seconds in tried:
         findings.say(f"refine {name:48} {seconds * 1e3:.4f} ms")
     findings.write(tried=tried, chosen={key[0]: [refine.name_of(cut) for cut in cuts] for key, cuts in ops.few.cuts.items()},
-                   brings_next=bool(ops.few.ahead))
-    findings.say(f"chosen: {findings.record['chosen']}, next projections brought in: {bool(ops.few.ahead)}")
+                   brings_next=bool(ops.ahead))
+    findings.say(f"chosen: {findings.record['chosen']}, next projections brought in: {bool(ops.ahead)}")
     runner.capture_one(1)
     measured("refined")
     for name, (seconds, launches) in found["refined"]["kernels_s"].items():

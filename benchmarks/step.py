@@ -33,13 +33,14 @@ from runtime.comm.group import solo
 from runtime.decode import DecodeRunner
 from runtime.few_rows import FewRowsOps
 from runtime.kernels.fused import quant_fp8_rows
+from runtime.kernels.skinny import Cut
 from runtime.kv import make_kv
 from runtime.layout import RankLayout, single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.quantise import quantise
 from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
-from runtime.refine import refine
+from runtime.refine import name_of, refine
 from runtime.tune import chains, tune
 from runtime.weights import load_weights
 from twin.spec.load import load_model
@@ -116,6 +117,7 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     seconds, tried = _faster(transformer, batch, replayed)
     if tried.get("variants", {}).get("serves") == "fused" and chains():
         tried["variants"]["steps_s"] = refine(runner, batch, pdl=True)
+        tried["variants"]["parts"] = transformer.rig.ops.few.report()
         seconds = min(seconds, replayed(), key=statistics.median)
     runner.run(segments)
     kernels = kernel_seconds(lambda: runner.again(batch))
@@ -253,9 +255,9 @@ def show_variants(found: Json) -> None:
         click.echo(f"        {seconds * 1e3:8.4f} ms  {name}")
     click.echo(f"    kernels for few rows: {whole}; {found['serves']} serves")
     for part in found["parts"]:
-        cuts = " ".join(f"n{c['n']}k{c['k']}w{c['warps']}{'d' * c['dot']}{'p' * c['pdl']}" for c in part["cuts"])
-        click.echo(f"        {part['part']:8} {part['tokens']:3} tokens: plain {part['plain_s'] * 1e6:6.1f} us, "
-                   f"fused {part['fused_s'] * 1e6:6.1f} us, {part['serves']} {cuts}")
+        cuts = " ".join(name_of(Cut(**cut)) for cut in part["cuts"])
+        seconds = [f"{name[:-2]} {part[name] * 1e6:6.1f} us, " for name in ("plain_s", "fused_s") if part[name] is not None]
+        click.echo(f"        {part['part']:9} {part['tokens']:3} tokens: {''.join(seconds)}{part['serves']} {cuts}")
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,

@@ -32,8 +32,8 @@ class FewRows:
 
     cuts: dict[Key, Cuts] = field(default_factory=dict)
     seconds: dict[Key, tuple[float, float]] = field(default_factory=dict)
-    ahead: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By a router weight's address: the weight to bring into the cache beside it, in steps of one token."""
+    refined: dict[int, bool] = field(default_factory=dict)
+    """Tokens of steps that were chosen for as a whole: whether the next layer's projections are brought into the cache."""
 
     def find(self, part: str, tokens: int, weight: torch.Tensor) -> Cuts | None:
         """How this part is cut, if it is to be."""
@@ -44,11 +44,14 @@ class FewRows:
         return {key: self.cuts.pop(key) for key in [key for key in self.cuts if key[1] == tokens]}
 
     def report(self) -> list[dict[str, object]]:
-        """A line a timed part, for records."""
-        return [{"part": part, "tokens": tokens, "shape": list(shape), "plain_s": plain, "fused_s": fused,
-                 "serves": "fused" if (cuts := self.cuts.get((part, tokens, shape))) else "plain",
-                 "cuts": [vars(cut) for cut in cuts or ()]}
-                for (part, tokens, shape), (plain, fused) in sorted(self.seconds.items())]
+        """A line a part that was timed or has an entry, for records; what only whole steps chose has no seconds."""
+        lines = []
+        for part, tokens, shape in sorted({*self.seconds, *self.cuts}):
+            cuts = self.cuts.get((part, tokens, shape))
+            plain, fused = self.seconds.get((part, tokens, shape), (None, None))
+            lines.append({"part": part, "tokens": tokens, "shape": list(shape), "plain_s": plain, "fused_s": fused,
+                          "serves": "fused" if cuts else "plain", "cuts": [vars(cut) for cut in cuts or ()]})
+        return lines
 
 
 class FewRowsOps(TritonOps):
@@ -56,6 +59,8 @@ class FewRowsOps(TritonOps):
 
     def __init__(self) -> None:
         self.few = FewRows()
+        self.ahead: dict[int, torch.Tensor] = {}
+        """By a router weight's address: the weight to bring into the cache beside it, in steps of one token."""
         self._arrived: torch.Tensor | None = None
 
     def arrived(self, device: torch.device) -> torch.Tensor:
@@ -101,7 +106,7 @@ class FewRowsOps(TritonOps):
         cuts = self.few.find("router", len(residual_TH), weight) if x_TH is None else None
         if cuts is None:
             return super().norm_route(x_TH, residual_TH, norm, router, moe, slots_T, load_E)
-        arrived, ahead = self.arrived(residual_TH.device), self.few.ahead.get(weight.data_ptr())
+        arrived, ahead = self.arrived(residual_TH.device), self.ahead.get(weight.data_ptr())
         normed, weights, ids = norm_gate_topk(
             residual_TH, *norm, weight, moe.top_k, cuts[0], arrived, scoring=moe.scoring, renormalize=moe.norm_top_k,
             scale=moe.routed_scaling, logit_bias_E=router.bias_E, bias_E=router.score_bias_E, groups=moe.groups,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from triton.errors import TritonError
 
-from runtime.few_rows import Cuts, FewRows, FewRowsOps
+from runtime.few_rows import Cuts, FewRowsOps
 from runtime.kernels.skinny import Cut
 from runtime.model.attention import Gqa
 from runtime.model.transformer import Layer, MoeFfn, Transformer
@@ -38,40 +38,46 @@ ROUTER = (Cut(2, 0, 4), Cut(1, 0, 4), Cut(2, 0, 8))
 STREAMS = (Cut(2, 2048, 4, per_sm=4), Cut(4, 2048, 8, per_sm=2), Cut(1, 2048, 4, per_sm=8), Cut(2, 2048, 4))
 SIDE_BY_SIDE = (Cut(4, 256, 4, stages=3), Cut(4, 256, 4, stages=2), Cut(2, 256, 4, stages=3), Cut(8, 256, 8, stages=3),
                 Cut(4, 256, 8, stages=3))
-Attempt = Callable[[str, Callable[[FewRows], None]], None]
+Attempt = Callable[[str, Callable[[], None]], None]
 
 
 def refine(runner: DecodeRunner, size: int, *, pdl: bool) -> list[tuple[str, float]]:
     """Change the table's entries for steps of `size` tokens, whose graph is captured, for faster ones; what was tried and
-    the seconds of its step, the first without a change. `pdl`: whether kernels may start early."""
+    the seconds of its step, the first without a change. `pdl`: whether kernels may start early. What a former formation of
+    this process found is taken as it is."""
     ops = runner.transformer.rig.ops
     assert isinstance(ops, FewRowsOps)
     table = ops.few
+    if size in table.refined:
+        if table.refined[size]:
+            ops.ahead = _followers(runner.transformer)
+            runner.capture_one(size)
+        return []
     with torch.inference_mode():
         parts = list(chained(runner, ops)) if size == 1 else []  # which fill the cache that a rehearsal reads
     best_s, want = runner.rehearse(size)
     tried = [("as tuned", best_s)]
 
-    def attempt(name: str, change: Callable[[FewRows], None]) -> None:
+    def attempt(name: str, change: Callable[[], None]) -> None:
         nonlocal best_s
-        cuts, ahead, graph = dict(table.cuts), dict(table.ahead), runner.graphs[size]
-        change(table)
+        cuts, ahead, graph = dict(table.cuts), ops.ahead, runner.graphs[size]
+        change()
         runner.capture_one(size)
         seconds, logits = runner.rehearse(size)
         tried.append((name, seconds))
         if seconds <= _GAIN * best_s and same_step(logits, want):
             best_s = seconds
             return
-        table.cuts, table.ahead, runner.graphs[size] = cuts, ahead, graph
+        table.cuts, ops.ahead, runner.graphs[size] = cuts, ahead, graph
 
     if pdl:
-        attempt("early", lambda table: table.cuts.update(
-            {key: _early(cuts) for key, cuts in table.cuts.items() if key[1] == size}))
+        attempt("early", lambda: table.cuts.update({key: _early(cuts) for key, cuts in table.cuts.items() if key[1] == size}))
     with torch.inference_mode():
         for trial in parts:
             _try_all(ops, trial, attempt, pdl)
     if size == 1:
-        attempt("bring the next projections in", lambda table: table.ahead.update(_followers(runner.transformer)))
+        attempt("bring the next projections in", lambda: setattr(ops, "ahead", _followers(runner.transformer)))
+    table.refined[size] = size == 1 and bool(ops.ahead)
     return tried
 
 
@@ -96,7 +102,7 @@ def _try_all(ops: FewRowsOps, trial: Trial, attempt: Attempt, pdl: bool) -> None
         if before is not None:
             table.cuts[key] = before
         if right:
-            attempt(f"{key[0]} {' '.join(map(name_of, cuts))}", lambda table: table.cuts.update({key: cuts}))
+            attempt(f"{key[0]} {' '.join(map(name_of, cuts))}", lambda: table.cuts.update({key: cuts}))
         else:
             log.warning("%s cut as %s gives other numbers than the plain kernels", key[0], cuts)
 

@@ -261,7 +261,7 @@ def confirm(runner: DecodeRunner) -> dict[int, tuple[float, float]]:
         if fused_s < plain_s and same:
             ops.few.cuts.update(cuts)
             runner.graphs[size] = fused
-            fused_s = min(seconds for _, seconds in refine(runner, size, pdl=pdl)) if pdl else fused_s
+            fused_s = min((seconds for _, seconds in refine(runner, size, pdl=True)), default=fused_s) if pdl else fused_s
         found[size] = plain_s, fused_s
     for ffn in runner.transformer.moe_layers:
         ffn.load_E.zero_()  # rehearsals are no load
