@@ -140,12 +140,13 @@ class SymmExchange:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"buffers for {capacity} rows a rank must be reserved before a graph is captured")
         rounded = 1 << (capacity - 1).bit_length() if capacity > 1 else 1
-        self._buffers = self._allocate(Shape(self.world, rounded, hidden, choices, dtype, self._fp8), device)
-        self.waiting.ready(device)
-        self.waiting.memory.append(self._buffers)  # captured graphs may still point to former ones
-        if self._state is None:
-            self._state = _State(torch.ones(self.world, dtype=torch.int32, device=device),
-                                 torch.zeros(2, dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # what a step makes first is changed between steps too
+            self._buffers = self._allocate(Shape(self.world, rounded, hidden, choices, dtype, self._fp8), device)
+            self.waiting.ready(device)
+            self.waiting.memory.append(self._buffers)  # captured graphs may still point to former ones
+            if self._state is None:
+                self._state = _State(torch.ones(self.world, dtype=torch.int32, device=device),
+                                     torch.zeros(2, dtype=torch.int64, device=device))
         return self._buffers
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Arrival:

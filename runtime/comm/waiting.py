@@ -36,11 +36,12 @@ class Waiting:
             from runtime.kernels.symm import Patience  # needs triton
 
             world = len(self.ranks)
-            alarm, off = (torch.zeros(n, dtype=torch.int32, pin_memory=device.type == "cuda") for n in (world, 1))
-            off.fill_(int(self._called_off))
-            limit = torch.tensor([int(self.timeout_s * 1e9)], device=device)
-            self.patience = Patience(limit, torch.zeros(world + 1, dtype=torch.int32, device=device), alarm, off,
-                                     self._timed)
+            with torch.inference_mode(False):  # made in a step, changed outside
+                alarm, off = (torch.zeros(n, dtype=torch.int32, pin_memory=device.type == "cuda") for n in (world, 1))
+                off.fill_(int(self._called_off))
+                limit = torch.tensor([int(self.timeout_s * 1e9)], device=device)
+                lost = torch.zeros(world + 1, dtype=torch.int32, device=device)
+            self.patience = Patience(limit, lost, alarm, off, self._timed)
         return self.patience
 
     def be_patient(self, timeout_s: float) -> None:

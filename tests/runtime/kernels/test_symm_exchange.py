@@ -182,6 +182,18 @@ def test_patience_may_change_later(device: torch.device) -> None:
     assert waiting.patience.limit is limit and limit.tolist() == [500_000_000]
 
 
+def test_what_a_step_makes_first_is_changed_between_steps(device: torch.device) -> None:
+    """Steps run in inference mode, whose tensors nothing else may change; patience and who is present do change."""
+    world = World(2, device)
+    with torch.inference_mode():
+        world.ranks[0].reserve(1, HIDDEN, CHOICES, torch.float32, device)
+    one = world.ranks[0]
+    one.waiting.be_patient(7.0)
+    one.exclude(1)
+    one.waiting.call_off()
+    assert one.waiting.ready(device).limit.tolist() == [7_000_000_000]
+
+
 def test_barrier_counts_on_and_forgets_who_was_excluded(device: torch.device) -> None:
     world = World(2, device)
     for exchange in world.ranks:
