@@ -18,6 +18,7 @@ from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
 from runtime.kernels.fused import add_rmsnorm, add_rmsnorm_quant, silu_mul, silu_mul_quant
 from runtime.kernels.gate import gate_topk, router_logits
+from runtime.kernels.moe_fp8 import FP8_TILES
 from runtime.kernels.moe_layer import moe_layer
 from runtime.kernels.products import Rows8, fp8_product_gated, fp8_product_normed, row_fits
 from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
@@ -181,7 +182,7 @@ class TritonOps(TorchOps):
         return moe_layer(x_NH.contiguous(), w.w13, w.w2, weights_NK, slots_NK.int(), w13_bias_E2I=w.b13, w2_bias_EH=w.b2,
                          activation="silu_mul" if limit is None else "swiglu_clamped", alpha=SWIGLU_ALPHA,
                          limit=limit or 0.0, w13_scale_E2I=w.s13, w2_scale_EH=w.s2, all_experts=spread, out_TH=out_NH,
-                         x_scale_T=scale_N, fp8_tiles=self.products.prefill.get(tuple(w.w13.shape)))
+                         x_scale_T=scale_N, fp8_tiles=self.products.prefill.get(tuple(w.w13.shape), FP8_TILES))
 
 
 def _prefill_parts(q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, scale: float,

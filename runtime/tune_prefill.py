@@ -1,7 +1,7 @@
 """Which products serve the fp8 MoE layers of long prefills, by timing them on this device with this model's own weights.
 
-A Triton product that rounds its activations afterwards and torch's grouped one serve unless a pair of `moe_fp8`'s tiles gives
-the same numbers up to the rounding of activations, and is faster.
+Those of `moe_fp8.FP8_TILES` serve unless another pair of tiles is faster, and gives the numbers of the layer that rounds its
+activations afterwards up to that rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from triton.errors import TritonError
 
-from runtime.kernels.moe_fp8 import Fp8Tiles, Grouped
+from runtime.kernels.moe_fp8 import FP8_TILES, Fp8Tiles, Grouped, tiles_fit
 from runtime.kernels.moe_prefill import prefill_moe
 from runtime.products import Products
 
@@ -31,9 +31,9 @@ _ROWS = 65536
 """Rows that are timed: an expert of 128 gets 512, tiles enough for the device."""
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 
-_WIDE, _TWO = Grouped(128, 128, 128, 8, 4, tma=True), Grouped(128, 64, 128, 4, 3, tma=True)
-CANDIDATES = tuple(Fp8Tiles(up, down) for up in (_WIDE, Grouped(128, 128, 128, 8, 3), _TWO)
-                   for down in (None, Grouped(128, 256, 128, 8, 4), Grouped(128, 128, 128, 4, 3)))
+_UPS = (FP8_TILES.up, Grouped(128, 128, 128, 8, 4), Grouped(128, 128, 128, 8, 3, tma=True))
+_DOWNS = (FP8_TILES.down, None, Grouped(128, 128, 128, 8, 3), Grouped(128, 256, 128, 8, 4, group=8))
+CANDIDATES = tuple(Fp8Tiles(up, down) for up in _UPS for down in _DOWNS)[1:]
 
 
 def tune_prefill(transformer: Transformer, table: Products, timer: Timer) -> None:
@@ -43,7 +43,7 @@ def tune_prefill(transformer: Transformer, table: Products, timer: Timer) -> Non
         return
     weights, choices = layers[0].weights, min(layers[0].moe.top_k, len(layers[0].weights.w2))
     key = tuple(weights.w13.shape)
-    if weights.s13 is None or key in table.prefill_seconds:
+    if weights.s13 is None or key in table.prefill_seconds or not tiles_fit(weights.w13, FP8_TILES):
         return
     try:
         decide(table, weights, choices, timer)
@@ -60,7 +60,7 @@ def decide(table: Products, w: ExpertWeights, choices: int, timer: Timer, rows: 
     ids = odds.topk(choices, -1)[1].int().contiguous()
     gates = torch.rand(ids.shape, generator=stream, device=device)
     layer = partial(prefill_moe, x, w.w13, w.w2, gates, ids, w13_scale_E2I=w.s13, w2_scale_EH=w.s2)
-    want, plain_s, best_s = layer().double(), timer([layer]), float("inf")
+    want, plain_s, best_s = layer().double(), timer([partial(layer, tiles=FP8_TILES)]), float("inf")
     for tiles in CANDIDATES:
         try:
             wrong = float((layer(tiles=tiles).double() - want).norm() / want.norm())

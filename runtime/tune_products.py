@@ -38,18 +38,16 @@ _AHEAD = 512
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 
 CANDIDATES: dict[int, tuple[Share, ...]] = {
-    16: (Share(16, 64, 256, 4, 4, 2), Share(16, 128, 128, 4, 4, 2), Share(16, 128, 256, 4, 3, 2), Share(16, 64, 128, 4, 4, 3),
-         Share(16, 128, 128, 4, 5, 1), Share(16, 128, 128, 4, 4, 2, tma=True)),
-    32: (Share(32, 64, 256, 4, 4, 2), Share(32, 128, 128, 4, 4, 2), Share(32, 128, 256, 4, 3, 1), Share(32, 64, 128, 4, 4, 3),
-         Share(32, 128, 128, 4, 4, 2, tma=True)),
-    64: (Share(64, 128, 128, 4, 4, 2), Share(64, 64, 128, 4, 4, 3), Share(64, 128, 128, 4, 5, 1), Share(64, 256, 128, 8, 4, 1),
-         Share(64, 64, 128, 4, 4, 3, whole=True), Share(64, 128, 128, 4, 4, 2, tma=True)),
-    128: (Share(128, 128, 128, 8, 4, 1), Share(128, 128, 128, 4, 3, 2), Share(128, 128, 128, 8, 3, 2),
-          Share(128, 256, 128, 8, 4, 1), Share(128, 64, 128, 4, 3, 3), Share(128, 64, 128, 4, 3, 3, whole=True),
-          Share(128, 128, 128, 8, 5, 1, tma=True), Share(128, 256, 128, 8, 4, 1, tma=True),
-          Share(128, 128, 128, 8, 3, 2, tma=True)),
-    256: (Share(256, 128, 128, 8, 4, 1), Share(256, 128, 128, 8, 4, 1, tma=True), Share(256, 64, 128, 8, 2, 2),
-          Share(128, 128, 128, 8, 3, 2), Share(128, 256, 128, 8, 4, 1)),
+    16: (Share(16, 64, 256, 4, 4, 2), Share(16, 64, 256, 4, 5, 2), Share(16, 128, 128, 4, 5, 1), Share(16, 128, 128, 4, 6, 2),
+         Share(16, 64, 128, 4, 7, 3), Share(16, 128, 256, 4, 6, 1)),
+    32: (Share(32, 64, 256, 4, 4, 2), Share(32, 128, 128, 4, 5, 2), Share(32, 128, 128, 4, 9, 1), Share(32, 64, 128, 4, 6, 3),
+         Share(32, 64, 256, 4, 8, 1)),
+    64: (Share(64, 128, 128, 4, 5, 1), Share(64, 128, 128, 4, 8, 1), Share(64, 128, 128, 4, 8, 1, tma=True),
+         Share(64, 64, 128, 4, 4, 3), Share(64, 64, 128, 4, 4, 3, whole=True), Share(64, 64, 128, 4, 6, 2)),
+    128: (Share(128, 128, 128, 8, 4, 1), Share(128, 128, 128, 8, 5, 1, tma=True), Share(128, 128, 128, 8, 6, 1),
+          Share(128, 128, 128, 8, 7, 1, tma=True), Share(128, 64, 128, 4, 9, 1), Share(128, 64, 128, 4, 4, 2),
+          Share(128, 64, 128, 4, 3, 3, whole=True)),
+    256: (Share(256, 128, 128, 8, 4, 1), Share(256, 128, 128, 8, 4, 1, tma=True)),
 }
 """By bucket. Tiles hold half a bucket's rows at least, so that their number does not change within one."""
 

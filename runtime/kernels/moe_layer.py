@@ -2,7 +2,8 @@
 
 Crossings measured on an H200 with 128 experts, hidden 2048, width 768, 8 choices: fp8 weights with wider activations win
 up to 24 rows an expert, products wholly in fp8 above; torch's grouped GEMM overtakes ours near 400 rows an expert in bf16,
-and between 512 and 1024 in fp8.
+and between 512 and 1024 in fp8, where the products of `moe_fp8` win from 256 on (494 against 512 us; at 1024 rows 1510 against
+1599).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import torch
 
 from runtime.kernels.fused import FP8
 from runtime.kernels.moe import fused_moe, fused_moe_fp8
-from runtime.kernels.moe_fp8 import Fp8Tiles
+from runtime.kernels.moe_fp8 import FP8_TILES, Fp8Tiles, tiles_fit
 from runtime.kernels.moe_prefill import prefill_moe
 
 _FP8_ROWS = 24
 _GROUPED_ROWS = 384
 _GROUPED_ROWS_FP8 = 768
+_TILED_ROWS_FP8 = 255
 
 
 def moe_layer(
@@ -37,7 +39,7 @@ def moe_layer(
     all_experts: int | None = None,
     out_TH: torch.Tensor | None = None,
     x_scale_T: torch.Tensor | None = None,
-    fp8_tiles: Fp8Tiles | None = None,
+    fp8_tiles: Fp8Tiles | None = FP8_TILES,
 ) -> torch.Tensor:
     """`moe.fused_moe`'s function and arguments, by whichever implementation is fastest at these shapes.
 
@@ -50,7 +52,10 @@ def moe_layer(
     each = topk_ids_TK.numel() / all_experts
     operands = (x_TH, w13_E2IH, w2_EHI, topk_weights_TK, topk_ids_TK)
     scales = {"w13_scale_E2I": w13_scale_E2I, "w2_scale_EH": w2_scale_EH, "x_scale_T": x_scale_T}
-    if plain and each > (_GROUPED_ROWS_FP8 if w13_E2IH.dtype == FP8 else _GROUPED_ROWS):
+    if w13_E2IH.dtype != FP8 or fp8_tiles is None or not tiles_fit(w13_E2IH, fp8_tiles):
+        fp8_tiles = None
+    grouped_rows = _GROUPED_ROWS if w13_E2IH.dtype != FP8 else _GROUPED_ROWS_FP8 if fp8_tiles is None else _TILED_ROWS_FP8
+    if plain and each > grouped_rows:
         return prefill_moe(*operands, expert_map=expert_map, out_TH=out_TH, tiles=fp8_tiles, **scales)
     if each > _FP8_ROWS and plain and w13_E2IH.dtype == FP8:
         assert w13_scale_E2I is not None and w2_scale_EH is not None

@@ -12,7 +12,7 @@ from test_decode_runner import BLOCK, build, prompts, tiny
 from runtime import tune_prefill, tune_products
 from runtime.batch import make_step
 from runtime.kernels import moe_layer, moe_prefill, products
-from runtime.kernels.moe_fp8 import Fp8Tiles, Grouped
+from runtime.kernels.moe_fp8 import FP8_TILES, Fp8Tiles, Grouped
 from runtime.kernels.products import Rows8, Share, cuts_of, fp8_product, fp8_product_gated, fp8_product_normed
 from runtime.ops import Down, ExpertWeights, Fp8Weight, Norm, TorchOps
 from runtime.products import Products, bucket_of
@@ -191,7 +191,7 @@ def test_products_of_long_prefills_are_timed_too(device, rng, monkeypatch) -> No
 
     def decided(seconds: float) -> Products:
         table = Products()
-        tune_prefill.decide(table, w, 1, lambda calls: seconds if "tiles" in calls[0].keywords else 1.0, rows=6)
+        tune_prefill.decide(table, w, 1, lambda calls: 1.0 if calls[0].keywords["tiles"] is FP8_TILES else seconds, rows=6)
         return table
 
     table = decided(0.5)
@@ -200,10 +200,13 @@ def test_products_of_long_prefills_are_timed_too(device, rng, monkeypatch) -> No
     ops = TritonOps()
     ops.products = table
     seen = []
-    monkeypatch.setattr(moe_layer, "_GROUPED_ROWS_FP8", 2)
+    for name in ("_TILED_ROWS_FP8", "_GROUPED_ROWS_FP8"):
+        monkeypatch.setattr(moe_layer, name, 2)
     monkeypatch.setattr(moe_layer, "prefill_moe", lambda *a, **k: seen.append(k["tiles"]))
     ops.experts(normal(rng, 8, 48, dtype=HALF).to(device), torch.zeros(8, 1, device=device).int(), torch.ones(8, 1), w, None)
-    assert seen == [fast]
+    ops.products = Products()
+    ops.experts(normal(rng, 8, 48, dtype=HALF).to(device), torch.zeros(8, 1, device=device).int(), torch.ones(8, 1), w, None)
+    assert seen == [fast, None]  # the default's tiles do not fit 48 columns
 
 
 def grouped(a, w, a_scale, w_scale, offs):
