@@ -21,7 +21,7 @@ from runtime.triton_ops import TritonOps
 from runtime.tune_products import decide
 
 PROCESSORS = 5
-SHARES = [Share(16, 16, 32, 4, 2), Share(16, 32, 16, 4, 2, resident=3), Share(16, 16, 32, 4, 2, whole=True),
+SHARES = [Share(16, 16, 32, 4, 2), Share(16, 32, 32, 4, 2, resident=3), Share(16, 16, 32, 4, 2, whole=True),
           Share(32, 16, 32, 4, 2, tma=True)]
 
 
@@ -184,8 +184,8 @@ def test_products_of_long_prefills_are_timed_too(device, rng, monkeypatch) -> No
     """Tiles that do not fit are passed over; those that are faster serve layers of many rows an expert."""
     (w13, s13), (w2, s2) = (quantise_rows(normal(rng, 2, *shape, scale=0.2)) for shape in ((64, 48), (48, 32)))
     w = ExpertWeights(*(t.to(device) for t in (w13, w2)), s13=s13.to(device), s2=s2.to(device))
-    fast = Fp8Tiles(Grouped(16, 16, 16, 4, 2), Grouped(16, 16, 16, 4, 2))
-    monkeypatch.setattr(tune_prefill, "CANDIDATES", (Fp8Tiles(fast.up, Grouped(16, 32, 16, 4, 2)), fast))
+    fast = Fp8Tiles(Grouped(16, 16, 32, 4, 2), Grouped(16, 16, 32, 4, 2))
+    monkeypatch.setattr(tune_prefill, "CANDIDATES", (Fp8Tiles(fast.up, Grouped(16, 32, 32, 4, 2)), fast))
     monkeypatch.setattr(tune_prefill, "_ROUNDING", 0.06 + FP8_STEP)
     monkeypatch.setattr(moe_prefill, "_scaled_grouped_mm", grouped)
 
