@@ -76,7 +76,7 @@ def test_routing(device: torch.device, rng: torch.Generator, moe: MoE) -> None:
     assert FAST.route(x[:0], router, moe, slots[:0], loads[0])[0].shape == (0, moe.top_k)
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 600])
+@pytest.mark.parametrize("tokens", [1, 17, 70, 600])
 def test_router_logits_are_summed_in_fp32(device: torch.device, rng: torch.Generator, tokens: int) -> None:
     if tokens > 512 and device.type == "cpu":
         pytest.skip("torch has no half product with fp32 output on a CPU")
