@@ -217,7 +217,7 @@ def key_of(grid: Grid, values: dict[str, int]) -> str:
 
 def _point(grid: Grid, values: dict[str, int]) -> tuple[float, float] | None:
     held = torch.cuda.memory_reserved()
-    if held > torch.cuda.get_device_properties(0).total_memory / 4:
+    if held and held > torch.cuda.get_device_properties(0).total_memory / 4:
         torch.cuda.empty_cache()  # nothing can be given back inside a capture, where memory would then run out
     try:
         return time_calls(calls_of(grid.operator, grid.attrs, values))

@@ -122,9 +122,10 @@ def _transfer_job(number: int, move: list[int], rank: int, listener: _Listener) 
     blocks = -(-tokens // BLOCK_TOKENS)
     caches = [torch.zeros(blocks, BLOCK_TOKENS, width, dtype=torch.uint8) for _ in range(layers)]
     peer = target if rank == source else source
-    message = {"id": number, "tag": 100 + number, "blocks": list(range(blocks)), "tokens": tokens, "routes": [[peer, 0, 1]]}
+    message = {"id": number, "tag": 100 + number, "blocks": list(range(blocks)), "tokens": tokens, "routes": [[peer, 0, 1]],
+               "early": False}
     begin = start_send if rank == source else start_receive
-    holder: Any = SimpleNamespace(kv=caches)
+    holder: Any = SimpleNamespace(kv=caches, progress=None)
     heard: Any = listener
     return lambda: begin(holder, message, heard)
 
