@@ -126,7 +126,8 @@ def _run(cases: list[Case], model: str) -> tuple[dict[tuple[int, int], dict[str,
         out = Path(folder) / "step.json"
         command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--ep", str(case.ep), "--phase", case.phase,
                    "--redundant", str(case.redundant), "--precision", case.precision, "--skew", str(case.routing.sigma),
-                   "--json", str(out), *(["--rank-slice"] if case.ep > 1 else [])]
+                   "--json", str(out), *(["--rank-slice"] if case.ep > 1 else []),
+                   *(["--variants"] if case.phase == "decode" else [])]  # as an engine serves: kernels chosen by timing
         for option, values in (("--batch", {c.batch for c in cases}), ("--context", {c.context for c in cases})):
             command += [text for value in sorted(values) for text in (option, str(value))]
         try:

@@ -39,7 +39,9 @@ class Engine:
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
     sum of its operators; *_scale: what dense products, attention, experts and collectives take in the engine over what their
-    profile says (other versions, inputs quantised elsewhere).
+    profile says (other versions, inputs quantised elsewhere); few_rows: (rows, device time over the sum of operators) of a
+    decode step of so few rows on a GPU that holds the whole model, where kernels are fused then; sum_spread: relative half width (80%) of steps over what their operators say, beyond what
+    these vary by themselves.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Engine:
     collectives_scale: float = 1.0
     late_share: float = 0.0
     tbo_staggered: bool = False
+    few_rows: tuple[tuple[int, float], ...] = ()
+    sum_spread: float = 0.0
     splits_replicas: bool = False
 
     def graphs(self, most: int, drafts: int) -> tuple[int, ...]:
@@ -95,13 +99,16 @@ _GIB = 2.0**30
 OUR_ENGINE = "eptwin"
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
-    Engine("eptwin", step_host_s=0.3e-3, seq_host_s=15e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
+    Engine("eptwin", step_host_s=0.3e-3, seq_host_s=6.3e-6, graph_launch_s=1.5e-6, eager_launch_s=9.1e-6, helper_launches=6,
            graph_sizes=(), memory_fraction=0.90, reserved_bytes=2 * _GIB, ep_reserved_bytes=0.0,
            activation_factor=16.0, shared_overlap=False, tp_reduces_experts=False,
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel", splits_replicas=True,
-           note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's; a served decode step of 128 sequences "
-                "takes 2.0 to 2.5 ms longer than its graph there, taken as 0.3 and 15 us a sequence; the rest assumed"),
+           sum_spread=0.05, few_rows=((1, 0.787), (2, 0.884), (4, 0.937), (8, 0.978), (16, 0.988)),
+           note="eager launch measured on an H200 (9.1 us); graph sizes are the runtime's; scheduling, sampling and booking of a "
+                "served step take 1.4 ms there at 177 sequences, taken as 0.3 and 6.3 us a sequence (h200_serve_azure512.json); "
+                "few_rows: Qwen3-30B's steps by fused over those by plain kernels, same runs (h200_few_rows.json, "
+                "h200_step_small_batches.json); sum_spread: of 14 steps that the profile had not seen; the rest assumed"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,

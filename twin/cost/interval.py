@@ -28,11 +28,13 @@ def joined(pairs: Iterable[tuple[str, Evidence]]) -> dict[str, Evidence]:
     return found
 
 
-def interval(parts_s: Mapping[str, float], evidence: Mapping[str, Evidence]) -> tuple[float, float]:
-    """(low, high) around the sum: errors of parts are half common, half independent; what overlap hides hides its error."""
+def interval(parts_s: Mapping[str, float], evidence: Mapping[str, Evidence], beside: float = 0.0) -> tuple[float, float]:
+    """(low, high) around the sum: errors of parts are half common, half independent; what overlap hides hides its error.
+    `beside`: relative half width of what a sum of operators leaves out."""
     total = sum(parts_s.values())
     shown = sum(seconds for seconds in parts_s.values() if seconds > 0)
     widths = [seconds * evidence[key].half_width for key, seconds in parts_s.items() if seconds > 0]
     half = (_SHARED * sum(widths) ** 2 + (1 - _SHARED) * sum(w * w for w in widths)) ** 0.5
     half *= total / shown if shown else 0.0
+    half = (half * half + (beside * total) ** 2) ** 0.5
     return max(total - half, 0.0), total + half

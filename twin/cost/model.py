@@ -154,7 +154,7 @@ class CostModel:
         total_s = float(sum(parts.values()))
         known = stack.evidence()
         kept = {key: known.get(key) or plain(_UNMEASURED.get(key.split("/")[0], "roofline")) for key in parts}
-        low_s, high_s = interval(parts, kept)
+        low_s, high_s = interval(parts, kept, self.site.engine.sum_spread)
         return StepCost(total_s, parts, {key: evidence.source for key, evidence in kept.items()}, low_s, high_s)
 
     def step_s(self, batch: StepBatch) -> float:
@@ -313,7 +313,13 @@ class CostModel:
         """Device time over the sum of operators, which differ where a step holds prompts: [n, d, f] -> [n]."""
         engine = self.site.engine
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        return np.where(prompts, engine.prefill_slowdown, engine.decode_slowdown)
+        decode = np.full(prompts.shape, engine.decode_slowdown)
+        if engine.few_rows and self.pool.world == 1 and self.site.gpu.kind != "cpu":
+            rows, factors = (np.array(column, dtype=float) for column in zip(*engine.few_rows, strict=True))
+            tokens = np.maximum(x[..., INDEX["tokens"]].max(axis=-1), 1.0)
+            few = np.interp(np.log2(tokens), np.log2(rows), factors)
+            decode = decode * np.where(tokens <= rows[-1], few, 1.0)
+        return np.where(prompts, engine.prefill_slowdown, decode)
 
     def _launch_s(self, x: Array, device_s: Array, tbo: npt.NDArray[np.bool_]) -> Array:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""

@@ -80,14 +80,14 @@ def groups_of(s: Slice, pool: PoolPlan) -> list[Group]:
         assert a.kv_lora_rank and a.qk_rope_head_dim
         latent = Kernel("attention/kv_write", "latent", {"heads": heads}, softmax)
         groups.append(Group(_elementwise("attention/kv_write"), (latent,)))
-        inputs += [("attention/quantise", width, softmax) for width in (h, heads * a.v_head_dim, float(a.q_lora_rank or h))]
+        inputs += [("attention/quantise", width, softmax) for width in (heads * a.v_head_dim, float(a.q_lora_rank or h))]
         if a.q_lora_rank:
-            inputs.append(("attention/quantise", h, softmax))
             norms.append(Kernel("norm", "norm", {"width": float(a.q_lora_rank)}, softmax))
-            groups.append(_down(s, h, (float(a.q_lora_rank), float(a.kv_lora_rank + a.qk_rope_head_dim)), softmax))
+            if not fp8:  # else they are one matrix, and the norm before it rounds what it reads
+                groups.append(_down(s, h, (float(a.q_lora_rank), float(a.kv_lora_rank + a.qk_rope_head_dim)), softmax))
     for key, width, layers in _gated(s):
         groups.append(Group(_elementwise(key), (Kernel(key, "silu", {"width": width}, layers),)))
-        inputs += [(key, h, layers), (key, width, layers)]
+        inputs += [(key, h, layers)]  # an activation rounds what comes of it
     quants = [Kernel(key, "quant", {"width": width}, times) for key, width, times in inputs] if fp8 else []
     groups.append(Group(_elementwise("norm"), (*norms, *quants)))
     if model.moe is not None and model.moe_layers:

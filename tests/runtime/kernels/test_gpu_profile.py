@@ -39,7 +39,7 @@ def test_what_is_written_is_a_profile_that_the_cost_model_reads(tmp_path: Path, 
     assert profile.gpu == "h200" and profile.engine == "eptwin"
     operators = {t.operator for t in profile.tables}
     assert operators == {"gemm", "attention_decode", "attention_prefill", "moe", "mla_decode", "mla_prefill", "norm", "quant",
-                         "silu", "rope", "latent", "gate"}
+                         "silu", "rope", "latent", "gate", "router", "replica_split"}
     assert sum(t.n_points for t in profile.tables) == len(asked)
     for table in profile.tables:
         for sheet in range(len(table.sheets)):

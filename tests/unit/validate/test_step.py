@@ -32,19 +32,19 @@ def evidence() -> Evidence:
 @pytest.fixture(scope="module")
 def pairs(evidence: Evidence) -> list[Pair]:
     files = sorted(RESULTS.glob("h200_step_*.json"))
-    assert len(files) == 4
+    assert len(files) == 4, "decode, prefill, small batches, and points that nobody looked at before"
     return [Pair(case, predict(case, evidence), row) for file in files for case, row in read_measured(file)]
 
 
 def test_our_own_steps_on_an_h200_are_predicted(pairs: list[Pair]) -> None:
     found = summary(pairs)
-    assert found["pairs"] == 6
+    assert found["pairs"] == 14
     assert found["median_abs_error"] < 0.03 and found["p95_abs_error"] < 0.08
     assert found["inside_80"] >= 0.8
 
 
 def test_phases_are_the_benchmarks_and_hold_the_whole_step(pairs: list[Pair]) -> None:
-    known = {name for name, _ in PHASES}
+    known = {name for name, _ in PHASES} | {"engine/slowdown"}  # what fused kernels save of few rows
     for pair in pairs:
         assert sum(a for _, a, _ in pair.phases()) == pytest.approx(pair.predicted.total_s, rel=1e-9)
         assert {name for name, _, _ in pair.phases()} <= known
