@@ -41,7 +41,6 @@ from runtime.kernels.skinny import Cut, skinny_linear
 from runtime.layout import single
 from runtime.model.attention import Gqa
 from runtime.model.transformer import MoeFfn, Transformer
-from runtime.ops import TorchOps
 from twin.spec.load import load_model
 from twin.validate.step import shorten
 
@@ -74,7 +73,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def checks(transformer: Transformer) -> list[tuple[str, Callable[[], float]]]:
-    """(variant, its error against float64 with the first layer's weights), attention excepted: `attention_errors`."""
+    """(variant, its error against float64 with the first layer's weights)."""
     layer, hidden = transformer.layers[0], transformer.model.hidden
     a, ffn = layer.attention, layer.ffn
     assert isinstance(a, Gqa) and isinstance(ffn, MoeFfn) and isinstance(a.qkv, torch.Tensor) and isinstance(a.out, torch.Tensor)
@@ -118,35 +117,9 @@ def checks(transformer: Transformer) -> list[tuple[str, Callable[[], float]]]:
     return found
 
 
-def attention_checks(runner: DecodeRunner, ops: FewRowsOps) -> list[tuple[str, Callable[[], float]]]:
-    """The same of attention, over the first layer's cache."""
-    trial = refine.attention_trial(runner, ops)
-    a, cache = runner.transformer.layers[0].attention, runner.kv[0]
-    assert trial is not None and isinstance(a, Gqa) and a.norms is not None
-    context = min(refine.CONTEXT, runner.max_context)
-    table = torch.arange(-(-context // runner.block_tokens), dtype=torch.int32, device=cache.device)
-    slot = torch.full((1,), context - 1, dtype=torch.int64, device=cache.device)
-    step = refine.row_step(slot, table, context, cache.device)
-    qkv = torch.randn(1, len(tune.data_of(a.qkv)), device=cache.device).to(cache.dtype)
-    more: Json = {"heads": a.heads, "eps": a.eps, "interleaved": a.interleaved, "scale": a.scale, "window": a.window,
-                  "sinks_Q": a.sinks}
-    wide = TorchOps().rope_attention(qkv.double(), cache[:len(table)].double(), step, runner.transformer.angles_PA.double(),
-                                     norms=(a.norms[0].double(), a.norms[1].double()), **more)
-
-    def one(cut: Cut) -> float:
-        ops.few.cuts[trial.key] = (cut,)
-        try:
-            got = [ops.rope_attention(qkv, cache, step, runner.transformer.angles_PA, norms=a.norms, **more) for _ in range(2)]
-        finally:
-            del ops.few.cuts[trial.key]
-        return max(relative(y.flatten(), wide.flatten()) for y in got)
-
-    return [(f"attention {refine.name_of(cut)}", lambda c=cut: one(c)) for cut in map(early, refine.ATTENTION)]
-
-
-def check(findings: Findings, runner: DecodeRunner, ops: FewRowsOps) -> bool:
+def check(findings: Findings, transformer: Transformer) -> bool:
     errors = {}
-    for name, error in [*checks(runner.transformer), *attention_checks(runner, ops)]:
+    for name, error in checks(transformer):
         try:
             errors[name] = error()
         except Exception as err:  # one that does not run is a finding; the others go on
@@ -160,15 +133,15 @@ def check(findings: Findings, runner: DecodeRunner, ops: FewRowsOps) -> bool:
     return all(error < _BOUND for error in errors.values())
 
 
-def alone(findings: Findings, runner: DecodeRunner, ops: FewRowsOps) -> None:
+def alone(findings: Findings, transformer: Transformer, ops: FewRowsOps) -> None:
     """Every variant by itself, and the plain operators."""
     table, found = ops.few, {}
-    for trial in refine.chained(runner, ops):
+    for trial in refine.chained(transformer, ops):
         key = trial.key
         table.cuts.pop(key, None)
-        bytes_ = {"attention": 0, "experts": 0}.get(key[0], 2 * key[2][0] * key[2][1])
+        bytes_ = 2 * key[2][0] * key[2][1]
         if key[0] == "experts":
-            bytes_ = runner.transformer.model.moe.top_k * key[2][1] * key[2][2] * 3  # gate, up and down in bf16
+            bytes_ = transformer.model.moe.top_k * key[2][1] * key[2][2] * 3  # gate, up and down in bf16
         choices = [(), *trial.cuts, *[(trial.cuts[0][0], second) for second in trial.followed]]
         for cuts in choices:
             table.cuts.pop(key, None)
@@ -181,8 +154,7 @@ def alone(findings: Findings, runner: DecodeRunner, ops: FewRowsOps) -> None:
             except Exception as err:
                 findings.say(f"{name}: {type(err).__name__}: {str(err)[:160]}")
                 continue
-            rate = f", {bytes_ / found[name] / 1e12:.2f} TB/s" if bytes_ else ""
-            findings.say(f"alone {name:44} {found[name] * 1e6:7.2f} us{rate}")
+            findings.say(f"alone {name:44} {found[name] * 1e6:7.2f} us, {bytes_ / found[name] / 1e12:.2f} TB/s")
         table.cuts.pop(key, None)
     findings.write(alone_s=found)
 
@@ -195,7 +167,7 @@ def steps(findings: Findings, bench: Bench, rates: Rates, context: int, replays:
     assert isinstance(ops, FewRowsOps)
     runner = DecodeRunner(transformer, bench.kv, bench.block, most=1, max_context=context + replays, sizes=[1])
     segments = [Segment([17], context - replays // 2 - 3, torch.randperm(each).tolist())]
-    found: Json = {"all_right": check(findings, runner, ops)}
+    found: Json = {"all_right": check(findings, transformer)}
     runner.capture()
 
     def measured(name: str) -> None:
@@ -211,7 +183,7 @@ def steps(findings: Findings, bench: Bench, rates: Rates, context: int, replays:
                      f"{row['roofline_share']:.1%} of the floor {row['floor_s'] * 1e3:.3f} ms")
 
     measured("plain")
-    alone(findings, runner, ops)
+    alone(findings, transformer, ops)
     tune.tune(transformer, [1])
     findings.write(parts=ops.few.report())
     runner.capture_one(1)

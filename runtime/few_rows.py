@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.batch import StepInput
-from runtime.kernels.attention_row import MOST_KEY_HEADS, attention_row
 from runtime.kernels.gate import norm_gate_topk
 from runtime.kernels.moe_rows import moe_rows
 from runtime.kernels.skinny import MOST_ROWS, Cut, skinny_linear
@@ -21,7 +19,7 @@ from runtime.triton_ops import TritonOps
 from twin.spec.model import MoE
 
 Key = tuple[str, int, tuple[int, ...]]
-"""Part of a layer (qkv, attention, out, router or experts), tokens, shape of its (first) weight or of a block of its cache."""
+"""Part of a layer (qkv, out, router or experts), tokens, shape of its (first) weight."""
 Cuts = tuple[Cut, ...]
 """Of its kernels, in order."""
 
@@ -66,7 +64,7 @@ class FewRowsOps(TritonOps):
     def arrived(self, device: torch.device) -> torch.Tensor:
         """Counters that kernels find and leave at zero."""
         if self._arrived is None or self._arrived.device != device:
-            self._arrived = torch.zeros(MOST_ROWS + MOST_KEY_HEADS, dtype=torch.int32, device=device)
+            self._arrived = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
         return self._arrived
 
     def norm_linear(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, weight: Weight,
@@ -76,21 +74,6 @@ class FewRowsOps(TritonOps):
         if cuts is None:
             return super().norm_linear(x_TH, residual_TH, norm, weight, bias)
         return skinny_linear(residual_TH, data, cuts[0], norm=norm, scale_N=scale, bias_N=bias), residual_TH
-
-    def rope_attention(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
-                       norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float, interleaved: bool, scale: float,
-                       window: int | None, sinks_Q: torch.Tensor | None) -> torch.Tensor:
-        # rows of one sequence, which drafts are, would have to wait for each other's keys: one row alone
-        alone = len(qkv_TC) == step.num_decodes == 1 and cache.dtype == qkv_TC.dtype
-        cuts = self.few.find("attention", 1, cache[0]) if alone else None
-        if cuts is None:
-            return super().rope_attention(qkv_TC, cache, step, angles_PA, heads=heads, norms=norms, eps=eps,
-                                          interleaved=interleaved, scale=scale, window=window, sinks_Q=sinks_Q)
-        q_norm, k_norm = norms or (None, None)
-        return attention_row(
-            qkv_TC[0], step.seq_lens_S[:1], step.block_tables_SB[0], angles_PA, cache, cuts[0],
-            self.arrived(qkv_TC.device)[MOST_ROWS:], heads=heads, scale=scale, interleaved=interleaved, q_norm_D=q_norm,
-            k_norm_D=k_norm, eps=eps, window=window or 0, sinks_H=sinks_Q)[None]
 
     def linear_add(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None,
                    residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -204,13 +204,6 @@ class TorchOps:
             parts.insert(0, attend(q_TQD[:n, :, None], k, v, mask, scale, sinks_Q)[:, :, 0])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def rope_attention(self, qkv_TC: torch.Tensor, cache: torch.Tensor, step: StepInput, angles_PA: torch.Tensor, *, heads: int,
-                       norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float, interleaved: bool, scale: float,
-                       window: int | None, sinks_Q: torch.Tensor | None) -> torch.Tensor:
-        """`attention` of what `rope_store` makes of fused projections."""
-        q, k, v = self.rope_store(qkv_TC, cache, step, angles_PA, heads=heads, norms=norms, eps=eps, interleaved=interleaved)
-        return self.attention(q, cache, step, scale=scale, window=window, sinks_Q=sinks_Q, fresh=(k, v))
-
     def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                           window: int | None, sinks_Q: torch.Tensor | None,
                           fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:

@@ -29,7 +29,8 @@ class EngineOptions:
     graphs where one rank is the whole instance or its ranks exchange tokens by symmetric memory. `warm_up` takes steps before
     the first request that compile every kernel (`runtime.warmup`); `tune` times kernels for small decode steps (`runtime.tune`).
     `kv_send` is what of a prompt's KV leaves a prefill rank before the prompt is done: nothing (prompt, engine), all chunks but
-    the last (chunk), all layers of it but the last as well (layer). `external` is a folder for ranks that somebody else starts (torchrun, on this machine): see `runtime.launch`.
+    the last (chunk), all layers of it but the last as well (layer). `external` is a folder for ranks that somebody else
+    starts (torchrun, on this machine): see `runtime.launch`.
     """
 
     checkpoint: str | None = None

@@ -19,21 +19,18 @@ from triton.errors import TritonError
 from runtime.few_rows import Cuts, FewRowsOps
 from runtime.kernels.skinny import Cut
 from runtime.model.attention import Gqa
-from runtime.model.transformer import Layer, MoeFfn, Transformer
+from runtime.model.transformer import MoeFfn, Transformer
 from runtime.tune import DOWN, UP, Trial, alike, data_of, fit, rounding, same_step, trials
 
 if TYPE_CHECKING:
-    from runtime.batch import StepInput
     from runtime.decode import DecodeRunner
 
 log = logging.getLogger("eptwin.refine")
 _GAIN = 0.997
 """A change must leave at most this share of a step's time."""
-CONTEXT = 1000
 
 # A whole row's weights lie in registers before the forerunner's results are there.
 ROWS = (Cut(8, 2048, 4), Cut(4, 2048, 4), Cut(8, 4096, 8), Cut(4, 4096, 4), Cut(4, 4096, 8), Cut(16, 2048, 8))
-ATTENTION = (Cut(64, 16, 4), Cut(64, 8, 8), Cut(32, 32, 4), Cut(32, 16, 4), Cut(128, 8, 8))
 ROUTER = (Cut(2, 0, 4), Cut(1, 0, 4), Cut(2, 0, 8))
 STREAMS = (Cut(2, 2048, 4, per_sm=4), Cut(4, 2048, 8, per_sm=2), Cut(1, 2048, 4, per_sm=8), Cut(2, 2048, 4))
 SIDE_BY_SIDE = (Cut(4, 256, 4, stages=3), Cut(4, 256, 4, stages=2), Cut(2, 256, 4, stages=3), Cut(8, 256, 8, stages=3),
@@ -53,8 +50,6 @@ def refine(runner: DecodeRunner, size: int, *, pdl: bool) -> list[tuple[str, flo
             ops.ahead = _followers(runner.transformer)
             runner.capture_one(size)
         return []
-    with torch.inference_mode():
-        parts = list(chained(runner, ops)) if size == 1 else []  # which fill the cache that a rehearsal reads
     best_s, want = runner.rehearse(size)
     tried = [("as tuned", best_s)]
 
@@ -72,10 +67,10 @@ def refine(runner: DecodeRunner, size: int, *, pdl: bool) -> list[tuple[str, flo
 
     if pdl:
         attempt("early", lambda: table.cuts.update({key: _early(cuts) for key, cuts in table.cuts.items() if key[1] == size}))
-    with torch.inference_mode():
-        for trial in parts:
-            _try_all(ops, trial, attempt, pdl)
     if size == 1:
+        with torch.inference_mode():
+            for trial in chained(runner.transformer, ops):
+                _try_all(ops, trial, attempt, pdl)
         attempt("bring the next projections in", lambda: setattr(ops, "ahead", _followers(runner.transformer)))
     table.refined[size] = size == 1 and bool(ops.ahead)
     return tried
@@ -123,11 +118,9 @@ def name_of(cut: Cut) -> str:
     return f"n{cut.n}k{cut.k}w{cut.warps}{more}{'d' * cut.dot}{'p' * cut.pdl}{'e' * cut.early}"
 
 
-def chained(runner: DecodeRunner, ops: FewRowsOps) -> Iterator[Trial]:
+def chained(transformer: Transformer, ops: FewRowsOps) -> Iterator[Trial]:
     """The parts of a step of one token in the order of a layer, each with the cuts that a chain asks for."""
-    found = {trial.key[0]: trial for trial in trials(runner.transformer, ops, 1)}
-    if trial := attention_trial(runner, ops):
-        yield trial
+    found = {trial.key[0]: trial for trial in trials(transformer, ops, 1)}
     for part in ("out", "qkv"):
         if trial := found.get(part):
             depth = trial.key[2][1]
@@ -138,43 +131,6 @@ def chained(runner: DecodeRunner, ops: FewRowsOps) -> Iterator[Trial]:
         hidden, experts = trial.key[2][2], trial.key
         served = ops.few.cuts.get(experts) or (fit(UP[0], hidden), fit(DOWN[0], trial.key[2][1] // 2))
         yield replace(trial, cuts=tuple((fit(cut, hidden), served[1]) for cut in STREAMS), followed=SIDE_BY_SIDE)
-
-
-def attention_trial(runner: DecodeRunner, ops: FewRowsOps) -> Trial | None:
-    """Attention of a row over the first blocks of every layer's cache, which are filled at random: at the start nobody's."""
-    layers = runner.transformer.layers
-    if not layers or not all(isinstance(layer.attention, Gqa) for layer in layers):
-        return None
-    device = runner.ids_B.device
-    context = min(CONTEXT, runner.max_context, len(runner.kv[0]) * runner.block_tokens)
-    blocks = -(-context // runner.block_tokens)
-    table = torch.arange(runner.tables_BP.shape[1], dtype=torch.int32, device=device) % len(runner.kv[0])
-    slot = torch.full((1,), context - 1, dtype=torch.int64, device=device)
-    step = row_step(slot, table, context, device)
-    stream = torch.Generator(device).manual_seed(11)
-    calls = []
-    for layer, cache in zip(layers[:12], runner.kv, strict=False):
-        a = layer.attention
-        assert isinstance(a, Gqa)
-        cache[:blocks] = torch.randn(cache[:blocks].shape, generator=stream, device=device).to(cache.dtype)
-        qkv = torch.randn(1, len(data_of(a.qkv)), generator=stream, device=device).to(runner.transformer.params["embed"].dtype)
-        calls.append(_attend(ops, layer, qkv, cache, step, runner.transformer.angles_PA))
-    return Trial(("attention", 1, tuple(runner.kv[0].shape[1:])), calls, tuple((cut,) for cut in ATTENTION))
-
-
-def row_step(slot: torch.Tensor, table: torch.Tensor, context: int, device: torch.device) -> StepInput:
-    from runtime.batch import StepInput
-
-    return StepInput(slot, slot, slot, table[None], torch.full((1,), context, dtype=torch.int32, device=device),
-                     torch.arange(2, dtype=torch.int32, device=device), slice(None), 1, (1,), (context,))
-
-
-def _attend(ops: FewRowsOps, layer: Layer, qkv: torch.Tensor, cache: torch.Tensor, step: StepInput,
-            angles_PA: torch.Tensor) -> Callable[[], tuple[torch.Tensor | None, ...]]:
-    a = layer.attention
-    assert isinstance(a, Gqa)
-    return lambda: (ops.rope_attention(qkv, cache, step, angles_PA, heads=a.heads, norms=a.norms, eps=a.eps,
-                                       interleaved=a.interleaved, scale=a.scale, window=a.window, sinks_Q=a.sinks),)
 
 
 def _followers(transformer: Transformer) -> dict[int, torch.Tensor]:

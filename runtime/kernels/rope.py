@@ -86,7 +86,7 @@ def mla_rope_norm_cache(
 
 
 @triton.jit
-def partner(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _partner(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     """For each column of the rotary part: its pair's other column, its angle's index, and the sine's sign."""
     if INTERLEAVED:
         return column ^ 1, column // 2, tl.where(column % 2 == 0, -1.0, 1.0)
@@ -148,7 +148,7 @@ def _normed_rotated(
     `rows` [heads, 1] points at row starts. A column's partner in its pair is loaded beside it.
     """
     rotated = d < ROTARY
-    other, angle, sign = partner(d, ROTARY, INTERLEAVED)
+    other, angle, sign = _partner(d, ROTARY, INTERLEAVED)
     paired = row_ok[:, None] & rotated[None, :]
     dtype: tl.constexpr = rows.dtype.element_ty
     value = tl.load(rows + d[None, :], mask=inside, other=0.0).to(tl.float32)

@@ -56,8 +56,9 @@ class Gqa:
     def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
                  angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         qkv, residual_TH = self.ops.norm_linear(x_TH, residual_TH, norm, self.qkv, self.qkv_bias)
-        y = self.ops.rope_attention(qkv, cache, step, angles_PA, heads=self.heads, norms=self.norms, eps=self.eps,
-                                    interleaved=self.interleaved, scale=self.scale, window=self.window, sinks_Q=self.sinks)
+        q, k, v = self.ops.rope_store(qkv, cache, step, angles_PA, heads=self.heads, norms=self.norms, eps=self.eps,
+                                      interleaved=self.interleaved)
+        y = self.ops.attention(q, cache, step, scale=self.scale, window=self.window, sinks_Q=self.sinks, fresh=(k, v))
         return _project(self, y, residual_TH)
 
 

@@ -39,9 +39,9 @@ class Engine:
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
     sum of its operators; *_scale: what dense products, attention, experts and collectives take in the engine over what their
-    profile says (other versions, inputs quantised elsewhere); few_rows: (rows, device time over the sum of operators) of a
-    decode step of so few rows on a GPU that holds the whole model, where kernels are fused then; sum_spread: relative half width (80%) of steps over what their operators say, beyond what
-    these vary by themselves.
+    profile says (other versions, inputs quantised elsewhere); few_rows: (rows, device time over the sum of operators)
+    of a decode step of so few rows on a GPU that holds the whole model, where kernels are fused then; sum_spread: relative
+    half width (80%) of steps over what their operators say, beyond what these vary by themselves.
     """
 
     name: str

@@ -32,7 +32,8 @@ for world in (2, 8, 64):
     assert "globaltimer" in ptx and "release" in ptx and ptx.count("ld.volatile") >= 2
 for ranks, places in ((2, 2), (8, 8), (144, 33)):
     lanes, wide = triton.next_power_of_2(ranks), max(triton.next_power_of_2(places), 2)
-    tables = dict.fromkeys(("first", "rank_of", "starts", "counts", "experts", "ranks", "rounds", "fills", "scratch", "slot_of"), i32)
+    names = ("first", "rank_of", "starts", "counts", "experts", "ranks", "rounds", "fills", "scratch", "slot_of")
+    tables = dict.fromkeys(names, i32)
     build(replicas._pour_kernel, {"RANKS": ranks, "LANES": lanes, "BINS": 32, "P": places, "WIDE": wide, "SWEEPS": 2,
           "BLOCK": 1024}, 4, ids=i64, slots=i64, **tables)
     build(replicas._deal_kernel, {"RANKS": ranks, "BLOCK": 1024}, 4, ids=i64, slots=i64, **tables)

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from runtime import refine, tune
-from runtime.kernels import attention_row, gate, moe_rows, skinny
+from runtime.kernels import gate, moe_rows, skinny
 
 def build(kernel, constants, cut, asked=0, **types):
     # asked: bytes of weights that a program asks for before it waits
@@ -64,13 +64,6 @@ for cut in tune.DOWN:
 for cut in refine.SIDE_BY_SIDE:
     build(moe_rows._down_side_by_side_kernel, {**shape, "BLOCK_N": cut.n, "BLOCK_K": cut.k, "AHEAD": cut.stages, "BLOCK_C": 8},
           cut, cut.n * 8 * cut.k * cut.stages * 2, **half, **floats)
-for cut in refine.ATTENTION:
-    build(attention_row._row_kernel, {
-        "KV_HEADS": 4, "GROUP": 8, "DIM": 128, "ROTARY": 128, "BLOCK_TOKENS": 64, "SPLITS": cut.k, "INTERLEAVED": False,
-        "Q_NORM": True, "K_NORM": True, "HAS_SINKS": False, "PDL": True, "EARLY": True, "BLOCK_M": 16, "BLOCK_G": 8,
-        "BLOCK_D": 128, "BLOCK_N": cut.n, "CHUNK": min(8, cut.k)}, cut, **{
-        **dict.fromkeys(("qkv", "cache", "q_norm", "k_norm", "out"), "*bf16"), "table": "*i32", "seq_len": "*i32",
-        "arrived": "*i32", **dict.fromkeys(("cos_sin", "sinks", "parts", "lse"), "*fp32"), "scale_log2": "fp32", "eps": "fp32"})
 for cut, ahead in ((cut, bytes_) for cut in (*tune.ROUTER, *refine.ROUTER) for bytes_ in (0, 20 << 20)):
     build(gate._norm_gate_kernel, {
         "HIDDEN": 2048, "HAS_LOGIT_BIAS": False, "HAS_SLOTS": True, "HAS_LOAD": True, "K": 8, "SIGMOID": False, "PDL": True,
