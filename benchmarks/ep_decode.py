@@ -139,6 +139,7 @@ def time_steps(runner: DecodeRunner, segments: list[Segment], case: Case) -> dic
     count = len(segments)
     step = lambda: runner.again(count) if count else runner.run([], case.batch)  # noqa: E731
     drawn = runner.run(segments, case.batch)
+    first = drawn.tokens.tolist()  # before steps of their own tokens part ways at a near tie
     for _ in range(_WARM):
         drawn = step()
     torch.cuda.synchronize()
@@ -149,7 +150,7 @@ def time_steps(runner: DecodeRunner, segments: list[Segment], case: Case) -> dic
         drawn = step()
     marks[-1].record()
     torch.cuda.synchronize()
-    return {"step_s": [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], "tokens": drawn.tokens.tolist()}
+    return {"step_s": [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], "tokens": drawn.tokens.tolist(), "first": first}
 
 
 def sums(symm: TensorGroup, plain: Group, case: Case, device: torch.device) -> dict[str, Any]:
@@ -196,13 +197,14 @@ def _graph_s(group: TensorGroup, case: Case, device: torch.device) -> float:
 def summary(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The slowest rank of each step; whether graph and plain ended with the same tokens, and which share of others'."""
     out: dict[str, Any] = {**asdict(case), "same_tokens": all(r["plain"]["tokens"] == r["graph"]["tokens"] for r in ranks)}
-    plain = [token for r in ranks for token in r["plain"]["tokens"]]
+    def share(way: str, which: str) -> float:
+        pairs = [(a, b) for r in ranks for a, b in zip(r[way][which], r["plain"][which], strict=True)]
+        return round(sum(a == b for a, b in pairs) / max(1, len(pairs)), 4)
+
     for name in [way for way in ("plain", "graph", "graph_tbo", "nccl") if way in ranks[0]]:
         slowest = sorted(map(max, zip(*(r[name]["step_s"] for r in ranks), strict=True)))
-        tokens = [token for r in ranks for token in r[name]["tokens"]]
-        same = sum(a == b for a, b in zip(tokens, plain, strict=True)) / max(1, len(plain))
         out[name] = {"step_s": median(slowest), "step_s_p90": slowest[int(0.9 * len(slowest))], "steps": len(slowest),
-                     "same_tokens_share": round(same, 4)}
+                     "same_tokens_share": share(name, "tokens"), "same_first_tokens_share": share(name, "first")}
     if "sums" in ranks[0]:
         out["sums"] = {"right": all(r["sums"]["right"] for r in ranks), "bytes": ranks[0]["sums"]["bytes"],
                        **{key: max(r["sums"][key] for r in ranks) for key in ("symm_s", "nccl_s") if key in ranks[0]["sums"]}}

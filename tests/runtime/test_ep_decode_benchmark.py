@@ -19,8 +19,8 @@ CASE = Case(ranks=2, batch=4, context=64, hidden=256, layers=3, experts=16, top_
 
 def test_the_slowest_rank_counts_and_tokens_must_agree() -> None:
     def rank(scale: float, token: int) -> dict[str, object]:
-        return {"plain": {"step_s": [3.0, 5.0 * scale, 4.0], "tokens": [1]},
-                "graph": {"step_s": [1.0, 2.0 * scale, 1.5 / scale], "tokens": [token]}}
+        return {"plain": {"step_s": [3.0, 5.0 * scale, 4.0], "tokens": [1], "first": [1]},
+                "graph": {"step_s": [1.0, 2.0 * scale, 1.5 / scale], "tokens": [token], "first": [1]}}
 
     out = summary(CASE, [rank(1.0, 1), rank(2.0, 1)])
     assert (out["plain"]["step_s"], out["graph"]["step_s"]) == (4.0, 1.5)
@@ -35,12 +35,12 @@ def test_every_way_and_sums_are_told() -> None:
     assert replace(CASE, tbo=False).ways(own_gpus=True) == ["plain", "graph", "nccl"]
 
     def rank(right: bool, symm_s: float) -> dict[str, object]:
-        way = {"step_s": [1.0], "tokens": [1, 2]}
+        way = {"step_s": [1.0], "tokens": [1, 2], "first": [4, 5]}
         return {"plain": way, "graph": way, "graph_tbo": {**way, "tokens": [1, 3]},
                 "sums": {"right": right, "bytes": 64, "symm_s": symm_s}}
 
     out = summary(case, [rank(True, 1.0), rank(True, 3.0)])
-    assert out["graph_tbo"]["same_tokens_share"] == 0.5 and out["same_tokens"]
+    assert out["graph_tbo"]["same_tokens_share"] == 0.5 and out["graph_tbo"]["same_first_tokens_share"] == 1.0 and out["same_tokens"]
     assert out["sums"] == {"right": True, "bytes": 64, "symm_s": 3.0}
     assert not summary(case, [rank(True, 1.0), rank(False, 1.0)])["sums"]["right"]
 
