@@ -40,7 +40,8 @@ def test_every_way_and_sums_are_told() -> None:
                 "sums": {"right": right, "bytes": 64, "symm_s": symm_s}}
 
     out = summary(case, [rank(True, 1.0), rank(True, 3.0)])
-    assert out["graph_tbo"]["same_tokens_share"] == 0.5 and out["graph_tbo"]["same_first_tokens_share"] == 1.0 and out["same_tokens"]
+    told = out["graph_tbo"]
+    assert told["same_tokens_share"] == 0.5 and told["same_first_tokens_share"] == 1.0 and out["same_tokens"]
     assert out["sums"] == {"right": True, "bytes": 64, "symm_s": 3.0}
     assert not summary(case, [rank(True, 1.0), rank(False, 1.0)])["sums"]["right"]
 
