@@ -46,10 +46,14 @@ def all_to_all(traffic_bytes_RR: npt.NDArray[np.float64]) -> list[Message]:
     return [Message(i, j, float(traffic_bytes_RR[i, j])) for i in ranks for j in ranks if i != j]
 
 
+_REACH_BYTES = 8.0  # how far a piece of KV reaches, told before its layers
+
+
 def kv_transfer(source: int, target: int, layers: int, layer_bytes: float, first: int = 0) -> list[Message]:
-    """One message a layer; the receiver asks for the next when it has the last. `first` is the first message's index."""
-    waits = [(first + layer - 1,) if layer else () for layer in range(layers)]
-    return [Message(source, target, layer_bytes, (), after) for after in waits]
+    """A word of how much comes, then one message a layer; the receiver asks for the next when it has the last. `first` is the
+    first message's index."""
+    sizes = [_REACH_BYTES, *[layer_bytes] * layers]
+    return [Message(source, target, size, (), (first + i - 1,) if i else ()) for i, size in enumerate(sizes)]
 
 
 def all_gather(rank_bytes: float, world: int) -> list[Message]:

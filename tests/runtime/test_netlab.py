@@ -24,9 +24,14 @@ def last_s(messages, spec=SPEC, constants=NONE, burst_bytes=0.0):
     return float(ends_s(messages, Network(spec.cluster()), constants, burst_bytes).max())
 
 
+def near(seconds):
+    """The word of how much KV comes is short beside it."""
+    return pytest.approx(seconds, rel=1e-4)
+
+
 def test_a_message_waits_for_its_receivers_note():
-    assert last_s(kv_transfer(0, 1, 1, 1e6)) == pytest.approx(2 * 4e-3 + 1e6 / RATE)
-    assert last_s(kv_transfer(0, 1, 5, 1e6)) == pytest.approx(5 * (2 * 4e-3 + 1e6 / RATE))
+    assert last_s(kv_transfer(0, 1, 1, 1e6)) == near(2 * 4e-3 + 2 * 4e-3 + 1e6 / RATE)
+    assert last_s(kv_transfer(0, 1, 5, 1e6)) == near(2 * 4e-3 + 5 * (2 * 4e-3 + 1e6 / RATE))
 
 
 def test_all_to_all_ends_with_its_fullest_link():
@@ -49,20 +54,20 @@ def test_transfers_and_collectives_share_links():
     traffic = np.zeros((4, 4))
     traffic[0, 1] = 1e6
     both = all_to_all(traffic) + kv_transfer(0, 2, 1, 1e6, 12)
-    assert last_s(both) == pytest.approx(2 * 4e-3 + 2e6 / RATE), "they share rank 0's NIC"
+    assert last_s(both) == near(2 * 4e-3 + 2e6 / RATE), "they share rank 0's NIC"
     apart = all_to_all(traffic) + kv_transfer(2, 3, 1, 1e6, 12)
-    assert last_s(apart) == pytest.approx(2 * 4e-3 + 1e6 / RATE)
+    assert last_s(apart) == near(4 * 4e-3 + 1e6 / RATE)
 
 
 def test_a_bucket_lets_through_what_it_holds_once():
-    assert last_s(kv_transfer(0, 1, 1, 1e6), burst_bytes=1e4) == pytest.approx(2 * 4e-3 + (1e6 - 1e4) / RATE)
-    assert last_s(kv_transfer(0, 1, 1, 5e3), burst_bytes=1e4) == pytest.approx(2 * 4e-3)
+    assert last_s(kv_transfer(0, 1, 1, 1e6), burst_bytes=1e4) == near(4 * 4e-3 + (1e6 - 1e4) / RATE)
+    assert last_s(kv_transfer(0, 1, 1, 5e3), burst_bytes=1e4) == near(4 * 4e-3)
 
 
 def test_oversubscription_is_felt_between_leaves_only():
     spec = replace(SPEC, leaf_ports=2, oversubscription=4.0)
-    assert last_s(kv_transfer(0, 1, 1, 1e6), spec) == pytest.approx(2 * 4e-3 + 1e6 / RATE)
-    assert last_s(kv_transfer(0, 2, 1, 1e6), spec) == pytest.approx(2 * 4e-3 + 2e6 / RATE)
+    assert last_s(kv_transfer(0, 1, 1, 1e6), spec) == near(4 * 4e-3 + 1e6 / RATE)
+    assert last_s(kv_transfer(0, 2, 1, 1e6), spec) == near(4 * 4e-3 + 2e6 / RATE)
 
 
 def test_the_fit_finds_the_constants_that_made_the_times():
