@@ -8,6 +8,7 @@ import pytest
 from cost_cases import gqa_model
 
 from twin.cost.batch import StepBatch
+from twin.cost.engines import ENGINES
 from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.model import CostModel
@@ -64,3 +65,23 @@ def test_quick_and_slow_paths_agree_with_them() -> None:
     model = cost("eptwin", gqa_model(hidden=2048), Evidence.load())
     for batch in (StepBatch.decode([37], [37 * 900]), StepBatch.prefill([1500], [300], [2])):
         assert model.step_s(batch) == pytest.approx(model.step(batch).total_s, rel=1e-9)
+
+
+def test_few_rows_are_fused_where_one_gpu_holds_the_model() -> None:
+    """Decode steps of up to 16 rows; not of more, not with prompts, not of a rank among others."""
+    evidence, model = Evidence.load(), load_model("qwen3-30b-a3b")
+    ours = cost("eptwin", model, evidence)
+    one, many, prompt = StepBatch.decode([1], [1024]), StepBatch.decode([32], [32 * 1024]), StepBatch.prefill([8], seqs=[1])
+    parts = ours.step(one).parts_s
+    device_s = sum(seconds for key, seconds in parts.items() if not key.startswith(("engine/", "host/")))
+    assert parts["engine/slowdown"] == pytest.approx((dict(ENGINES["eptwin"].few_rows)[1] - 1) * device_s)
+    assert ours.step_s(one) == pytest.approx(ours.step(one).total_s, rel=1e-9)
+    assert not any("engine/slowdown" in ours.step(batch).parts_s for batch in (many, prompt))
+    pool = PoolPlan(role="mixed", dp=2, ep=2)
+    two = CostModel(model, load_cluster("h200-1x8"), Plan(pools=(pool,), precision=BF16, engine="eptwin"), pool, profile=evidence)
+    assert "engine/slowdown" not in two.step(StepBatch.decode([1], [1024])).parts_s
+
+
+def test_a_whole_step_varies_beyond_its_operators() -> None:
+    found = cost("eptwin", load_model("qwen3-30b-a3b"), Evidence.load()).step(StepBatch.decode([64], [64 * 1024]))
+    assert (found.high_s - found.low_s) / 2 >= ENGINES["eptwin"].sum_spread * found.total_s
