@@ -87,14 +87,15 @@ class Frontend:
         """Start the ranks and wait until all are ready. Raises SpecError or RankFailed; nothing is left running then."""
         self._server = await asyncio.start_unix_server(self._serve_rank, str(self._processes.control_path), limit=_LINE_LIMIT)
         try:
-            self._processes.start()
-            self._tasks.append(asyncio.create_task(self._watch.run()))
             async with asyncio.timeout(self.options.start_timeout_s):
+                await asyncio.to_thread(self._processes.prepare)
+                self._processes.start()
+                self._tasks.append(asyncio.create_task(self._watch.run()))
                 await self._started.wait()
         except TimeoutError:
-            silent = sorted(set(range(self.plan.gpus)) - set(self.ready))
-            self.failure = RankFailed(f"ranks {silent} were not ready after {self.options.start_timeout_s:g} s",
-                                      rank=silent[0] if silent else 0, where="start")
+            silent = sorted(set(range(self.plan.gpus)) - set(self.ready)) or [0]
+            text = f"ranks {silent} were not ready after {self.options.start_timeout_s:g} s"
+            self.failure = RankFailed(text, rank=silent[0], where="start")
         finally:
             if not self._started.is_set():
                 await self.stop(grace_s=0.0)
@@ -397,4 +398,3 @@ class Frontend:
         self._flights.clear()
         self._settle()
         self._started.set()
-

@@ -7,6 +7,7 @@ Ranks may also be started by torchrun, once the front end has written its briefi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,12 +17,12 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 from torch.distributed import TCPStore
 
 from runtime.board import Board
 from runtime.formation import Formation
+from runtime.nursery import Forked, nursery
 from runtime.options import Briefing, EngineOptions
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan
@@ -45,10 +46,17 @@ class RankProcesses:
         self.control_path = self.folder / "control"
         self.board = Board(self.folder / "board", self.world)
         self._briefing = Briefing(model, plan, options, self.control_path, self.folder / "board")
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._logs: dict[int, IO[bytes]] = {}
-        self._env: dict[str, str] = {}
+        self._children: dict[int, subprocess.Popen[bytes] | Forked] = {}
+        threads = str(options.threads_for(self.world))
+        self._env = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads,
+                     "GLOO_SOCKET_IFNAME": _loopback()}
         self._store: TCPStore | None = None
+
+    def prepare(self) -> None:
+        """Wait until ranks can be started fast."""
+        with contextlib.suppress(OSError):
+            if self._forks:
+                nursery(self._env).wait()
 
     def start(self) -> None:
         """Start every rank; returns at once."""
@@ -56,9 +64,6 @@ class RankProcesses:
         self._briefing.write(briefing)
         if self._external:
             return
-        threads = str(self._briefing.options.threads_for(self.world))
-        self._env = {**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads,
-                     "GLOO_SOCKET_IFNAME": _loopback()}
         if self.world > 1:
             self._env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._open_store())}
         for rank in range(self.world):
@@ -79,14 +84,21 @@ class RankProcesses:
         for seat in seats:
             self._children[seat].wait()
 
+    @property
+    def _forks(self) -> bool:
+        return not self._external and self._briefing.options.device == "cpu"
+
     def _launch(self, briefing: Path, seat: int, rank: int, world: int) -> None:
-        if seat in self._logs:
-            self._logs[seat].close()
-        log = self._logs[seat] = (self.folder / f"rank{seat}.log").open("ab")
-        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "EPTWIN_SEAT": str(seat)}
-        self._children[seat] = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", "runtime.worker", str(briefing)], env={**self._env, **place},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        env = self._env | {"RANK": str(rank), "WORLD_SIZE": str(world), "EPTWIN_SEAT": str(seat)}
+        path = self.folder / f"rank{seat}.log"
+        if self._forks:
+            with contextlib.suppress(OSError):
+                self._children[seat] = nursery(self._env).fork(str(briefing), env, str(path))
+                return
+        with path.open("ab") as log:
+            self._children[seat] = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "runtime.worker", str(briefing)], env=env, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log)
 
     def exited(self) -> dict[int, int]:
         """Exit codes of the ranks that ended; a negative one is the signal that killed it."""
@@ -109,8 +121,6 @@ class RankProcesses:
                     child.send_signal(signal.SIGCONT)  # a stopped process would not even die of SIGTERM
                     child.send_signal(how)
             self._wait(1.0)
-        for log in self._logs.values():
-            log.close()
         self.board.close()
         if self._external:
             for name in ("briefing.json", "control", "board"):

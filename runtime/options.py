@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,12 @@ from twin.spec.rundir import write_text
 from twin.spec.scenario import KvSend
 
 
+def stated_threads(text: str) -> int | None:
+    """What OMP_NUM_THREADS says of the outermost level, None when it says nothing that is a number."""
+    first = text.partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """`checkpoint` None means random weights from `seed`. `dtype` is that of weights, activations and KV.
@@ -24,10 +30,11 @@ class EngineOptions:
     for `stall_timeout_s` (and no less than `timeout_s`) without waiting for others, or whom others' devices wait for as long.
     With `recover` the others then go on without it (`runtime.recovery`), else the engine fails. `faults` strike on purpose
     (`runtime.faults`). `record_routing` is a file for expert loads (`runtime.routing_record`). `threads` are torch threads a
-    rank (None: the machine's cores shared out). `max_context` caps prompt plus output. `record` keeps a record of every step.
-    `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`). `graphs` runs decode steps as CUDA
-    graphs where one rank is the whole instance or its ranks exchange tokens by symmetric memory. `warm_up` takes steps before
-    the first request that compile every kernel (`runtime.warmup`); `tune` times kernels for small decode steps (`runtime.tune`).
+    rank, by default what OMP_NUM_THREADS says (None: the machine's cores shared out). `max_context` caps prompt plus output.
+    `record` keeps a record of every step. `weights` fp8 stores and multiplies the large matrices in fp8 (`runtime.quantise`).
+    `graphs` runs decode steps as CUDA graphs where one rank is the whole instance or its ranks exchange tokens by symmetric
+    memory. `warm_up` takes steps before the first request that compile every kernel (`runtime.warmup`); `tune` times kernels
+    for small decode steps (`runtime.tune`).
     `kv_send` is what of a prompt's KV leaves a prefill rank before the prompt is done: nothing (prompt, engine), all chunks but
     the last (chunk), all layers of it but the last as well (layer). `external` is a folder for ranks that somebody else
     starts (torchrun, on this machine): see `runtime.launch`.
@@ -48,7 +55,7 @@ class EngineOptions:
     faults: str = ""
     record_routing: str | None = None
     start_timeout_s: float = 120.0
-    threads: int | None = None
+    threads: int | None = field(default_factory=lambda: stated_threads(os.environ.get("OMP_NUM_THREADS", "")))
     max_context: int | None = None
     record: bool = False
     kv_send: KvSend = "engine"

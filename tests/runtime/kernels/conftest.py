@@ -10,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 @pytest.fixture
