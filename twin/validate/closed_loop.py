@@ -29,6 +29,17 @@ class Request:
     done: int = 0  # prompt tokens computed
     first_s: float = 0.0
     end_s: float = 0.0
+    again: int = 0  # tokens of its own to compute again with the prompt, after it lost its memory
+
+    @property
+    def prompt(self) -> int:
+        """Tokens to compute before it decodes, or decodes on."""
+        return self.isl + self.again
+
+    @property
+    def longest(self) -> int:
+        """KV tokens at its end."""
+        return self.isl + self.osl
 
 
 @dataclass(slots=True)
@@ -38,7 +49,13 @@ class _Rank:
     waiting: deque[Request] = field(default_factory=deque)
     running: list[tuple[float, int, Request]] = field(default_factory=list)
     context: float = 0.0
-    held: int = 0  # KV tokens promised
+    held: int = 0  # KV tokens of all that was admitted, at their ends
+    filling: int = 0  # KV tokens of admitted prompts that are not computed yet
+
+    def kept(self, share: float) -> float:
+        """KV tokens taken: what there is, and `share` of what is still to come."""
+        now = self.context + self.filling
+        return now + share * (self.held - now)
 
 
 class Worker:
@@ -98,37 +115,63 @@ class Worker:
         """Run one step with prompts, or decode steps until something changes or `until`. Returns when it ended, whose first
         token came, and who ended."""
         self._look()
-        if self.role == "decode":
+        full = [self._make_room(rank) for rank in self.ranks]
+        if self.role == "decode" and not any(full):
             self._adopt()
-        picked = [self._pick(rank) for rank in self.ranks]
+        picked = [self._pick(rank, lost) for rank, lost in zip(self.ranks, full, strict=True)]
         if any(picked):
             return self._prompt_step(now, picked)
         return self._decode_run(now, until)
 
     def _adopt(self) -> None:
         for rank in self.ranks:
-            while rank.waiting and (rank.held + rank.waiting[0].isl + rank.waiting[0].osl <= self.room or not rank.running):
+            while rank.waiting and (self._fits(rank, rank.waiting[0]) or not rank.running):
                 request = rank.waiting.popleft()
-                rank.held += request.isl + request.osl
+                rank.held += request.longest
                 self._run(rank, request)
 
     def _run(self, rank: _Rank, request: Request) -> None:
-        rank.context += request.isl + 1
-        heapq.heappush(rank.running, (self.decoded + max(request.osl - 1, 1), request.number, request))
+        rank.context += request.prompt + 1
+        heapq.heappush(rank.running, (self.decoded + max(request.osl - request.again - 1, 1), request.number, request))
 
-    def _pick(self, rank: _Rank) -> list[tuple[Request, int]]:
-        """Prompts (and how much of each) that fit the next step's budget and the memory."""
+    def _fits(self, rank: _Rank, request: Request) -> bool:
+        """Whether memory holds one more request, as far ahead as the engine looks."""
+        share = self.serving.reserved_share
+        return rank.kept(share) + request.prompt + share * (request.longest - request.prompt) <= self.room
+
+    def _make_room(self, rank: _Rank) -> bool:
+        """Where outputs are not reserved in full and the next tokens do not fit, who came last loses its memory and waits in
+        front to be computed again. Whether anyone did."""
+        lost = False
+        while self.serving.reserved_share < 1 and len(rank.running) > 1 and self._spare(rank) < 1:
+            place = max(range(len(rank.running)), key=lambda k: rank.running[k][1])
+            end, _, request = rank.running.pop(place)
+            heapq.heapify(rank.running)
+            left = max(end - self.decoded, 1.0)
+            rank.context -= request.longest - left
+            rank.held -= request.longest
+            request.done, request.again = 0, math.floor(request.osl - left)
+            rank.waiting.appendleft(request)
+            lost = True
+        return lost
+
+    def _spare(self, rank: _Rank) -> float:
+        """Decode steps until a rank's memory is full."""
+        return (self.room - rank.kept(0.0)) / (self.gain * len(rank.running))
+
+    def _pick(self, rank: _Rank, full: bool) -> list[tuple[Request, int]]:
+        """Prompts (and how much of each) that fit the next step's budget and the memory; no new ones where it is `full`."""
         if self.role == "decode" or not rank.waiting:
             return []
         left = self.serving.budget_tokens - (len(rank.running) if self.serving.mixed else 0)
         found: list[tuple[Request, int]] = []
         while rank.waiting and left > 0:
             request = rank.waiting[0]
-            need = request.isl - request.done
+            need = request.prompt - request.done
             if not request.done:
-                if 0 < self.serving.running <= len(rank.running) + len(found):
+                if full or 0 < self.serving.running <= len(rank.running) + len(found):
                     break
-                if rank.held + request.isl + request.osl > self.room and (rank.running or found):
+                if not self._fits(rank, request) and (rank.running or found):
                     break
                 if not self.serving.chunks and need > left and found:
                     break
@@ -136,9 +179,10 @@ class Worker:
             found.append((request, take))
             left -= take
             if not request.done:
-                rank.held += request.isl + request.osl
+                rank.held += request.longest
+                rank.filling += request.prompt
             request.done += take
-            if request.done < request.isl:
+            if request.done < request.prompt:
                 break
             rank.waiting.popleft()
         return found
@@ -156,10 +200,12 @@ class Worker:
         first = []
         for rank, found in zip(self.ranks, picked, strict=True):
             for request, _ in found:
-                if request.done >= request.isl:
-                    first.append(request)
+                if request.done >= request.prompt:
+                    rank.filling -= request.prompt
+                    if not request.again:
+                        first.append(request)
                     if self.role == "prefill":
-                        rank.held -= request.isl + request.osl
+                        rank.held -= request.longest
                         self.load -= 1
                     else:
                         self._run(rank, request)
@@ -174,6 +220,8 @@ class Worker:
         if self.unseen:
             look = max(self.next_poll, self.held_since + self.patience if self.held_since >= 0 else 0)
             steps = max(1, min(steps, look - self.steps))
+        if self.serving.reserved_share < 1:
+            steps = max(1, min(steps, math.floor(min(self._spare(rank) for rank in self.ranks if rank.running))))
         step_s = self._decode_s(steps)
         if now + steps * step_s > until > now:
             steps = max(1, min(steps, math.ceil((until - now) / step_s)))
@@ -203,8 +251,8 @@ class Worker:
             while rank.running and rank.running[0][0] <= self.decoded + 1e-9:
                 request = heapq.heappop(rank.running)[2]
                 request.end_s = now
-                rank.context = max(0.0, rank.context - request.isl - request.osl) if rank.running else 0.0
-                rank.held -= request.isl + request.osl
+                rank.context = max(0.0, rank.context - request.longest) if rank.running else 0.0
+                rank.held -= request.longest
                 self.load -= 1
                 ended.append(request)
         return ended

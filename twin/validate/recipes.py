@@ -81,6 +81,7 @@ RECIPES = (
     Recipe("vllm", "minimax", "h200", tp=(8,), expert_parallel=True),  # since 2026-03-13; the runs on four GPUs before had none
     Recipe("vllm", "kimi-k2", "b200", "fp4", since="2026-04-20", prompts=2),
     Recipe("vllm", "gpt-oss", "b200", since="2025-12-05"),
+    Recipe("vllm", "llama-3.1-70b", "h[12]00", "fp8", kv="fp8"),
     Recipe("vllm", "gpt-oss", "b200", version="$", kv="bf16"),
 )
 

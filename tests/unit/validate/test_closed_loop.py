@@ -61,6 +61,22 @@ def test_little_memory_makes_users_wait_for_each_other() -> None:
     assert tight[0] > free[0] + 0.1
 
 
+def test_memory_is_taken_as_sequences_grow_where_outputs_are_not_reserved() -> None:
+    """Room for four prompts of 100 and half their outputs of 200: reserved in full, two run at once; on demand all begin,
+    and who came last is computed again."""
+    whole, demand = (Serving(True, True, 8192, 1, reserved_share=share) for share in (1.0, 0.0))
+    waiting, growing, free = (loop(serving, 4, isl=100, osl=200, room=room)
+                              for serving, room in ((whole, 800.0), (demand, 800.0), (demand, 1e9)))
+    assert waiting[0] > 0.5 and waiting[1] == pytest.approx(0.010, rel=0.01), "two wait for the others' ends"
+    assert growing[0] == pytest.approx(free[0]) and growing[1] > 1.1 * free[1], "none waits to begin, some begin again"
+
+
+def test_reserving_a_part_is_between_the_two() -> None:
+    none, half, whole = (loop(Serving(True, True, 8192, 1, reserved_share=share), 8, isl=100, osl=200, room=1300.0)[0]
+                         for share in (0.0, 0.5, 1.0))
+    assert none < half < whole
+
+
 def test_seldom_looking_for_requests_delays_them() -> None:
     seldom, always = (loop(Serving(False, True, 1000, poll), 3, osl=100, waves=4, spread=20)[0] for poll in (30, 1))
     assert seldom > 2 * always
