@@ -28,7 +28,7 @@ workers_option = click.option(
     "--workers",
     type=click.IntRange(0, 256),
     default=None,
-    help="Simulate in this many processes (0: in this one). Default: one a core. The answer is the same.",
+    help="Work in this many processes (0: in this one). Default: one a core. The answer is the same.",
 )
 
 

@@ -9,6 +9,7 @@ tokens a step. Waiting only makes it worse, so no simulated plan may beat its bo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from twin.spec.errors import Infeasible
 from twin.spec.plan import Plan, PoolPlan
 from twin.spec.results import Memory
 from twin.spec.scenario import Scenario
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,30 @@ class Bound:
     memory: dict[str, Memory] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PoolBound:
+    """What one instance of a pool could do at best: requests/s, TPOT and TTFT in seconds, and what limits it. Where memory or
+    an objective cannot be met, the Infeasible that says so."""
+
+    memory: Memory | Infeasible
+    capacity: tuple[float, float, float, str] | Infeasible
+
+
+@dataclass(frozen=True)
+class PoolJob:
+    """Pools to bound, as text so that any executor can carry it to any process: plans, and which pool of each."""
+
+    scenario_json: str
+    pools: tuple[tuple[str, int], ...]
+
+
+def bound_pools(job: PoolJob) -> list[PoolBound]:
+    """Bound a job's pools. Deterministic: the same job gives the same bounds in any process."""
+    bounds = Bounds(Scenario.model_validate_json(job.scenario_json))
+    plans = [(Plan.model_validate_json(text), place) for text, place in job.pools]
+    return [bounds.pool(plan, plan.pools[place]) for plan, place in plans]
+
+
 class Bounds:
     """Bounds of a scenario's plans, sharing cost models and per-pool results between plans."""
 
@@ -40,35 +67,33 @@ class Bounds:
         self.scenario = scenario
         self.isl, self.osl = mean_lengths(scenario)
         self._models: dict[PoolPlan, Costs] = {}
-        self._memory: dict[PoolPlan, Memory | Infeasible] = {}
-        self._capacity: dict[PoolPlan, tuple[float, float, float, str]] = {}
+        self._pools: dict[PoolPlan, PoolBound] = {}
 
     def cost_model(self, plan: Plan, pool: PoolPlan) -> Costs:
         """One cost model for each different pool; how many instances there are does not change its steps."""
-        key = pool.model_copy(update={"instances": 1})
+        key = alone(pool)
         if key not in self._models:
             self._models[key] = pool_costs(self.scenario, plan, key, seed=self.scenario.seed)
         return self._models[key]
 
-    def memory(self, plan: Plan, pool: PoolPlan) -> Memory:
-        """Bytes on the fullest rank. Raises Infeasible when they do not fit."""
-        key = pool.model_copy(update={"instances": 1})
-        if key not in self._memory:
-            try:
-                self._memory[key] = self.cost_model(plan, pool).memory()
-            except Infeasible as error:
-                self._memory[key] = error
-        found = self._memory[key]
-        if isinstance(found, Infeasible):
-            raise found
-        return found
+    def pool(self, plan: Plan, pool: PoolPlan) -> PoolBound:
+        """The bound of one instance of a pool: the same for all plans that have such a pool."""
+        key = alone(pool)
+        if key not in self._pools:
+            self._pools[key] = self._pool(plan, key)
+        return self._pools[key]
+
+    def put(self, pool: PoolPlan, found: PoolBound) -> None:
+        """Take a bound that was found elsewhere."""
+        self._pools[alone(pool)] = found
 
     def of(self, plan: Plan) -> Bound:
         """The bound of a plan. Raises Infeasible when memory or an objective cannot be met even without load."""
-        memory = {pool.role: self.memory(plan, pool) for pool in plan.pools}
+        found = [self.pool(plan, pool) for pool in plan.pools]
+        memory = {pool.role: _or_raise(one.memory) for pool, one in zip(plan.pools, found, strict=True)}
         rates, tpot_s, ttft_s, constraint = [], 0.0, 0.0, ""
-        for pool in plan.pools:
-            per_instance, tpot, ttft, why = self._pool(plan, pool)
+        for pool, one in zip(plan.pools, found, strict=True):
+            per_instance, tpot, ttft, why = _or_raise(one.capacity)
             rates.append(per_instance * pool.instances)
             tpot_s, ttft_s = max(tpot_s, tpot), max(ttft_s, ttft)
             if rates[-1] <= min(rates):
@@ -101,15 +126,17 @@ class Bounds:
         context = self.isl + self.osl / 2
         return cost.step_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
 
-    def _pool(self, plan: Plan, pool: PoolPlan) -> tuple[float, float, float, str]:
-        key = pool.model_copy(update={"instances": 1})
-        if key not in self._capacity:
-            cost = self.cost_model(plan, pool)
-            if pool.role == "prefill":
-                self._capacity[key] = self._prefill(pool, cost)
-            else:
-                self._capacity[key] = self._decode(pool, cost, mixed=pool.role == "mixed")
-        return self._capacity[key]
+    def _pool(self, plan: Plan, pool: PoolPlan) -> PoolBound:
+        cost = self.cost_model(plan, pool)
+        try:
+            memory = cost.memory()
+        except Infeasible as error:
+            return PoolBound(error, error)
+        try:
+            capacity = self._prefill(pool, cost) if pool.role == "prefill" else self._decode(pool, cost)
+        except Infeasible as error:
+            return PoolBound(memory, error)
+        return PoolBound(memory, capacity)
 
     def _prefill(self, pool: PoolPlan, cost: Costs) -> tuple[float, float, float, str]:
         alone_s = self._prompt_s(pool, cost)
@@ -128,8 +155,8 @@ class Bounds:
             done += tokens
         return total
 
-    def _decode(self, pool: PoolPlan, cost: Costs, *, mixed: bool) -> tuple[float, float, float, str]:
-        slo = self.scenario.workload.slo
+    def _decode(self, pool: PoolPlan, cost: Costs) -> tuple[float, float, float, str]:
+        slo, mixed = self.scenario.workload.slo, pool.role == "mixed"
         kv_tokens = cost.kv_blocks_per_rank * pool.block_tokens
         fits = int(kv_tokens // (self.isl + self.osl))
         if fits < 1:
@@ -173,6 +200,17 @@ class Bounds:
         if limit is not None and alone_s > limit:
             message = f"a mean prompt alone takes {alone_s:.3g} s to prefill, over the TTFT objective of {limit:.3g} s"
             raise Infeasible(message, constraint="ttft_s", needed=alone_s, available=limit, unit="s")
+
+
+def alone(pool: PoolPlan) -> PoolPlan:
+    """One instance of a pool, by which pools are told apart."""
+    return pool.model_copy(update={"instances": 1})
+
+
+def _or_raise(found: T | Infeasible) -> T:
+    if isinstance(found, Infeasible):
+        raise found.with_traceback(None)  # it may be raised for many plans: each would lengthen its traceback
+    return found
 
 
 def batch(

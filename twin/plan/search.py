@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-from twin.plan.bounds import Bound, Bounds
+from twin.plan.bounds import Bound, Bounds, PoolBound, PoolJob, alone, bound_pools
 from twin.plan.evaluate import Evaluation, Job, load_unit, offered_load, run
 from twin.plan.explain import explain
 from twin.plan.pareto import front
 from twin.plan.space import enumerate_plans
 from twin.spec.errors import Infeasible
-from twin.spec.plan import Plan
+from twin.spec.plan import Plan, PoolPlan
 from twin.spec.provenance import provenance
 from twin.spec.results import Candidate, SearchResult
 from twin.spec.scenario import Scenario
@@ -23,6 +23,8 @@ CAPACITY_ROUNDS = 3
 MAX_REQUESTS = 4000
 WAVE = 8
 """Simulations per wave. Fixed, so that the answer does not depend on how many processes work on it."""
+POOLS = 16
+"""Pools to bound at a time: enough that reading the scenario costs little beside, few enough that all processes end together."""
 
 
 @dataclass
@@ -59,7 +61,10 @@ def search(
     bounds = Bounds(scenario)
     pruned: Counter[str] = Counter()
     failures: list[Infeasible] = []
-    entries, considered = _bounded(scenario, bounds, pruned, failures, say)
+    plans = list(enumerate_plans(scenario))
+    if executor is not None:
+        _bound_pools(scenario, plans, bounds, executor, say)
+    entries, considered = _bounded(plans, bounds, pruned, failures, say)
     if not entries:
         raise _nothing_fits(scenario, pruned, failures)
     chosen = _shortlist(entries, scenario.search.simulate_top)
@@ -85,16 +90,31 @@ def search(
     )  # fmt: skip
 
 
+def _bound_pools(scenario: Scenario, plans: Sequence[Plan | str], bounds: Bounds, executor: Executor, say: Progress) -> None:
+    """Bound every different pool, many at once; each in the first plan that has it, as it would be one by one."""
+    places: dict[PoolPlan, tuple[Plan, int]] = {}
+    for plan in plans:
+        for place, pool in enumerate(() if isinstance(plan, str) else plan.pools):
+            places.setdefault(alone(pool), (plan, place))
+    text = scenario.model_copy(update={"plan": None}).model_dump_json()
+    work = [(plan.model_dump_json(), place) for plan, place in places.values()]
+    jobs = [PoolJob(text, tuple(work[start : start + POOLS])) for start in range(0, len(work), POOLS)]
+    found: list[PoolBound] = []
+    for some in executor.map(bound_pools, jobs):
+        found += some
+        say("bound", len(found), len(work))
+    for pool, bound in zip(places, found, strict=True):
+        bounds.put(pool, bound)
+
+
 def _bounded(
-    scenario: Scenario, bounds: Bounds, pruned: Counter[str], failures: list[Infeasible], say: Progress
+    plans: Sequence[Plan | str], bounds: Bounds, pruned: Counter[str], failures: list[Infeasible], say: Progress
 ) -> tuple[list[Entry], int]:
     """Every legal plan with its bound; the rest are counted by why they fell."""
     entries: list[Entry] = []
-    considered = 0
-    for plan in enumerate_plans(scenario):
-        considered += 1
-        if considered % 200 == 0:
-            say("bound", considered, 0)
+    for considered, plan in enumerate(plans):
+        if considered % 200 == 199:
+            say("bound", considered + 1, 0)
         if isinstance(plan, str):
             pruned["illegal"] += 1
             continue
@@ -103,8 +123,8 @@ def _bounded(
         except Infeasible as error:
             pruned[error.constraint] += 1
             failures.append(error)
-    say("bound", considered, considered)
-    return entries, considered
+    say("bound", len(plans), len(plans))
+    return entries, len(plans)
 
 
 def _shortlist(entries: list[Entry], count: int) -> list[Entry]:

@@ -19,6 +19,16 @@ class EptwinError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """How worker processes send it back: Python would call the class with the message alone."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[EptwinError], args: tuple[object, ...], fields: dict[str, object]) -> EptwinError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
 
 @dataclass(frozen=True)
 class Problem:
