@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from twin.cost.build import exchanges as exchanges_of
 from twin.cost.comm import kv_transfer_s
 from twin.cost.model import CostModel
 from twin.cost.network import Network
@@ -60,13 +61,13 @@ def cost(cluster: str, groups: int, **pool: Any) -> CostModel:
 
 def steps() -> Iterator[Row]:
     """Prefill and decode throughput of whole deployments, asked as `eptwin validate against` asks published records."""
-    r1: dict[str, Any] = {"model": "deepseek-r1", "unit": "tok/s/GPU"}
+    r1: dict[str, Any] = {"model": "deepseek-r1", "unit": "tok/s/GPU", "date": "2025-05-05"}
     decode = {**r1, "gpu": "H100", "ep": 72, "metric": "output_throughput", "isl": 2000, "osl": 100}
     prefill = {**r1, "gpu": "H100", "ep": 32, "metric": "input_throughput", "isl": 4096, "batch_per_gpu": 16384}
     overlap = {"TBO": True, "EPLB": True, "redundant_experts": 32}
     alone = {**overlap, "TBO": False}
     profile = {"note": "profile", "gpu": "H800"}
-    wide = {**r1, "gpu": "H200", "backend": "vllm", "isl": 2000, "features": {"DBO": True, "EPLB": True}}
+    wide = {**r1, "date": "2025-12-17", "gpu": "H200", "backend": "vllm", "isl": 2000, "features": {"DBO": True, "EPLB": True}}
     for seqs, features, published in ((256, overlap, 22310), (256, alone, 17800), (128, overlap, 17200), (128, alone, 15000)):
         yield throughput(f"SGLang EP72 decode, {seqs} seqs a GPU, {'TBO' if features['TBO'] else 'no TBO'}", published / 8, LMSYS,
                          {**decode, "batch_per_gpu": seqs, "features": features}, fitted=seqs == 256)
@@ -114,7 +115,9 @@ def exchanges() -> Iterator[Row]:
     for comm, table in (("deepep_low_latency", low_latency), ("deepep_normal", normal)):
         for gpu, nodes, tokens, published in table:
             model = cost(f"{gpu}-{nodes}x8", nodes, role="decode", dp=8 * nodes, ep=8 * nodes, comm=comm)
-            for (phase, exchange), truth in zip(model.exchanges, published, strict=True):
+            made = exchanges_of(replace(model.site, protocol=model.site.protocol.tested))
+            for phase, exchange, truth in zip(("dispatch", "combine"), made, published, strict=True):
+                assert exchange is not None
                 nvlink_s, rdma_s = exchange.seconds(np.array([float(tokens)]))
                 microseconds = (float(nvlink_s + rdma_s) + exchange.fixed_s) * 1e6
                 yield Row(f"{comm} {phase}, {gpu} EP{8 * nodes}, {tokens} tokens", "us", truth, microseconds,

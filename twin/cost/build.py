@@ -11,13 +11,13 @@ import numpy as np
 from twin.cost.batch import Array
 from twin.cost.collectives import tp_collectives
 from twin.cost.comm import Exchange, Reach, compile_exchange, loads_of
-from twin.cost.engines import LATE_SHOWN, OUR_ENGINE, WIDE_LATE_PROMPTS, Engine
+from twin.cost.engines import OUR_ENGINE, WIDE_LATE_PROMPTS, Engine
 from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, measured_expert_cost
 from twin.cost.interpolate import Interpolator
 from twin.cost.measured import Ask, Measured, RowTable, split_measured
 from twin.cost.network import Ints, Network
 from twin.cost.operators import Slice, copies, gemm, rank_ops
-from twin.cost.protocols import PROTOCOLS, Phase, Protocol
+from twin.cost.protocols import ALONE, PROTOCOLS, Phase, Protocol, Slows
 from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of, product_dtype
 from twin.cost.routing import place, popularity, slot_shares, touch_probability, typical_max
 from twin.cost.small import split_small
@@ -150,8 +150,9 @@ def build_shared(site: Site) -> Shared:
     return Shared(work, tuple(found))
 
 
-def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: float = 1.0, draft: bool = False) -> Stack:
-    """Compile the layers of `model` (the site's own, or its MTP module)."""
+def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: float = 1.0, slows: Slows = ALONE,
+                draft: bool = False) -> Stack:
+    """Compile the layers of `model` (the site's own, or its MTP module), `slows` beside another half batch's exchanges."""
     s = Slice(model, site.precision, site.pool.tp)
     ops: list[Op] = rank_ops(s)
     if site.alone and site.pool.ep > 1:
@@ -174,17 +175,15 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
                   site.engine.products_scale if site.wide else 1.0,
                   site.gpu.sm_count if site.engine.name == OUR_ENGINE else 0)
         left, measured = split_measured(ops, ask, (table.compute, table.memory, table.launch))
-        measured = [scaled(own, site.engine) for own in (*measured, *([small] if small is not None else []))]
+        measured = [scaled(own, site.engine, slows) for own in (*measured, *([small] if small is not None else []))]
         table = OpTable.of(left, site.gpu, site.efficiency, site.launch_s, compute_share)
-    experts = None if shared.work is None else _experts(site, shared.work, model, compute_share)
+    experts = None if shared.work is None else _experts(site, shared.work, model, compute_share, slows)
     collectives = tp_collectives(model, site.precision, site.pool, site.network, site.gpus_R, site.profile,
                                  routed=site.exchanges_tokens and site.pool.ep > 1)
     slower = np.log(site.engine.collectives_scale)
     collectives = [replace(one, log_s=one.log_s + slower) for one in collectives]
     last = typical_max(site.pool.world) if shared.exchanges else 0.0
-    late = site.engine.late_share
-    if site.pool.role == "prefill":
-        late = WIDE_LATE_PROMPTS * (LATE_SHOWN if compute_share < 1.0 else 1.0)
+    late = WIDE_LATE_PROMPTS if site.pool.role == "prefill" else site.engine.late_share
     share = late * last / max(len(shared.exchanges), 1) if site.wide else 0.0
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
                  site.engine.late_s * last, share, site.pool.dp, model.layers, output_share(model))
@@ -212,21 +211,24 @@ def output_share(model: ModelSpec) -> float:
     return after / (after + before)
 
 
-def scaled(own: Measured, engine: Engine) -> Measured:
-    """A measured operator as long as the engine takes for it."""
+def scaled(own: Measured, engine: Engine, slows: Slows) -> Measured:
+    """A measured operator as long as the engine takes for it, `slows` relative to all others."""
     if isinstance(own, RowTable):
-        more = np.log(engine.products_scale)
+        more = np.log(engine.products_scale * slows.products / slows.others)
         return replace(own, log_s=own.log_s + more, log_total=own.log_total + more)
-    return replace(own, log_s=own.log_s + np.log(engine.attention_scale))
+    beside = np.log(slows.attention / slows.others)
+    products = None if own.log_products is None else own.log_products + beside
+    return replace(own, log_s=own.log_s + np.log(engine.attention_scale) + beside, log_products=products)
 
 
-def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float) -> ExpertCost:
+def _experts(site: Site, work: ExpertWork, model: ModelSpec, compute_share: float, slows: Slows) -> ExpertCost:
     rates = site.efficiency
     plain = expert_cost(work, model, site.precision, site.pool, site.gpu, rates.get("experts", rates["default"]),
                         rates.get("elementwise", rates["default"]), site.launch_s, model.moe_layers, compute_share)
+    beside = np.log(slows.experts / slows.others)
     if site.profile is None:
-        return plain
-    more = np.log(site.engine.experts_scale)
+        return replace(plain, log_gemm_s=plain.log_gemm_s + beside)
+    more = np.log(site.engine.experts_scale) + beside
     assert site.popularity_LE is not None
     found = measured_expert_cost(work, model, site.precision, site.pool, site.profile,
                                  site.protocol.name if site.exchanges_tokens else "none", model.moe_layers,

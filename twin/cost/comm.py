@@ -145,7 +145,8 @@ def link_rates(phase: Phase, network: Network, *, forwards: bool) -> Array:
     """Bytes/s that a phase gets out of each link: `forwards` when what comes over the NIC goes on over NVLink."""
     faster = np.maximum(network.capacity / CAPPED_AT_BYTES_PER_S, 1.0) ** phase.cap_power
     nvlink_rate = np.minimum(network.capacity * phase.nvlink, faster * (phase.forward_cap if forwards else phase.nvlink_cap))
-    return np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
+    rates = np.where(network.nvlink_links, nvlink_rate, network.capacity * phase.rdma)
+    return rates / phase.served if forwards else rates
 
 
 def through(matrix: Array, square: Array) -> Array:

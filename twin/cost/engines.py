@@ -31,10 +31,10 @@ class Engine:
     the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while the other half batch
     communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks arrive at an exchange, which
     all wait for the last of, late_share the same as part of what each computes (clocks and loads differ); tbo_staggered:
-    halves of a decode step run two stages apart (`overlap.py`); splits_replicas: tokens go to an expert's replicas so that
-    ranks are even batch by batch (`twin.policy.replica_split`), else replicas are used alike; mla_prefill: which rows of a
-    profile describe its latent attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not
-    serve prompts with);
+    halves of a decode step run two stages apart (`overlap.py`); tbo_waits: exchanges wait for all compute issued before;
+    splits_replicas: tokens go to an expert's replicas so that ranks are even batch by batch (`twin.policy.replica_split`), else
+    replicas are used alike; mla_prefill: which rows of a profile describe its latent attention in prefill (the kernel rows of
+    SGLang time the absorbed kernel, which it does not serve prompts with);
     draft_seq_host_s: more host seconds per running sequence of a step that verifies drafts, where the engine's scheduler does
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
@@ -75,6 +75,7 @@ class Engine:
     collectives_scale: float = 1.0
     late_share: float = 0.0
     tbo_staggered: bool = False
+    tbo_waits: bool = False
     few_rows: tuple[tuple[int, float], ...] = ()
     sum_spread: float = 0.0
     splits_replicas: bool = False
@@ -144,8 +145,8 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
 # alone, and even loads leave bubbles of 3 to 7% in prefill (LMSYS, 2025-05).
 _WIDE_LATE_S, _WIDE_LATE_SHARE = 8e-6, 0.02
 # Prompts make ranks later: barriers of even loads take 12 to 13% of a layer there, 2.1 ms of 12.6 at the dispatch without overlap
-# (the same traces). Under two-batch overlap most of it passes beside the other half: totals show this part.
-WIDE_LATE_PROMPTS, LATE_SHOWN = 0.05, 0.4
+# (the same traces).
+WIDE_LATE_PROMPTS = 0.05
 # Kernels beside another half batch's exchanges, their missing SMs apart: a layer's take 1.22 to 1.36 times as long there in
 # prefill, where 108 of 132 SMs alone would be 1.22 (the same layer times).
 _WIDE_TBO_SLOWDOWN = 1.10

@@ -36,6 +36,7 @@ from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
 from twin.cost.network import Network, network_of
 from twin.cost.overlap import Half, overlapped_s, shown_s
+from twin.cost.protocols import Slows
 from twin.cost.stack import Stack
 from twin.policy.placement import Placement
 from twin.spec.base import Source
@@ -104,8 +105,21 @@ class CostModel:
     @cached_property
     def _stack_beside_comm(self) -> Stack:
         """The stack while communication kernels hold their SMs (two-batch overlap)."""
+        if self._slows is not None:
+            return build_stack(self.site, self._shared, self.model, slows=self._slows)
         taken = self.site.protocol.comm_sms / self.site.gpu.sm_count
         return build_stack(self.site, self._shared, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
+
+    @property
+    def _slows(self) -> Slows | None:
+        """What kernels take beside exchanges, by family, where it was measured."""
+        return None if self.site.engine.tbo_waits else self.site.protocol.slows
+
+    @property
+    def _slower(self) -> float:
+        """How many times as long kernels take beside exchanges than `_stack_beside_comm` says."""
+        engine = self.site.engine
+        return self._slows.others if self._slows else 1.0 if engine.tbo_waits else engine.tbo_compute_slowdown
 
     @cached_property
     def holds_mtp(self) -> bool:
@@ -211,8 +225,8 @@ class CostModel:
             found = [sum(s for key, s in parts.items() if key.startswith(f"moe/{name}/")) for name, _ in self.exchanges]
         else:
             engine = self.site.engine
-            shown = shown_s(self._stack_beside_comm.half(_halved(x)), self.site.protocol, engine.tbo_compute_slowdown,
-                            staggered=engine.tbo_staggered)
+            shown = shown_s(self._stack_beside_comm.half(_halved(x)), self.site.protocol, self._slower,
+                            "staggered" if engine.tbo_staggered else "alternating")
             found = [float(seconds[0]) for seconds in shown]
         return (found[0], found[1]) if found else (0.0, 0.0)
 
@@ -262,18 +276,17 @@ class CostModel:
     def _overlapped_s(self, half: Half, x: Array) -> Array:
         """Seconds of steps [n] whose halves run side by side, in the engine's order of stages."""
         engine, protocol = self.site.engine, self.site.protocol
-        slower = engine.tbo_compute_slowdown
-        alternating = overlapped_s(half, protocol, slower, staggered=False)
+        with_prompts = overlapped_s(half, protocol, self._slower, "waiting" if engine.tbo_waits else "alternating")
         if not engine.tbo_staggered:
-            return alternating
+            return with_prompts
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        return np.where(prompts, alternating, overlapped_s(half, protocol, slower, staggered=True))
+        return np.where(prompts, with_prompts, overlapped_s(half, protocol, self._slower, "staggered"))
 
     def _two_halves(self, half_parts: dict[str, float], half: Half, x: Array) -> dict[str, float]:
         """Both halves' parts at their slowed rates, and what running them side by side saves."""
-        slower, beside = self.site.engine.tbo_compute_slowdown, self.site.protocol.beside
+        slower, beside = self._slower, self.site.protocol.beside
         comm_keys = tuple(f"moe/{name}/" for name, _ in self._stack.exchanges)
-        parts = {key: 2 * seconds * (beside if key.startswith(comm_keys) else slower)
+        parts = {key: 2 * seconds * (beside if key.startswith(comm_keys) and not key.endswith("/wait") else slower)
                  for key, seconds in half_parts.items()}
         parts["overlap/tbo"] = float(self._overlapped_s(half, x)[0]) - sum(parts.values())
         return parts

@@ -6,6 +6,8 @@ and its receiving, and not behind the whole layer:
   experts, a combine behind its attention and gate;
 - alternating (prefill everywhere, and decode under vLLM): each half's dispatch and combine meet once the other half's
   experts and once all of its own layer that is not experts.
+- waiting (vLLM's normal mode until March 2026): an exchange begins when all compute issued before it has ended, the other
+  half's too, so that one of four hides: a combine, behind the other half's layer but for its experts.
 Packing, unpacking and waiting for ranks that come late are on the rank's own SMs and hide nothing.
 Arrays are [n] steps; every number is of one half batch and all MoE layers together.
 """
@@ -13,11 +15,14 @@ Arrays are [n] steps; every number is of one half batch and all MoE layers toget
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from twin.cost.batch import Array
 from twin.cost.protocols import Protocol
+
+Order = Literal["staggered", "alternating", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,21 @@ class Half:
     wait: Array
 
 
-def shown_s(half: Half, protocol: Protocol, slower: float, *, staggered: bool) -> tuple[Array, Array]:
+def shown_s(half: Half, protocol: Protocol, slower: float, order: Order) -> tuple[Array, Array]:
     """What dispatch and combine of both halves add to the step: packing, waiting (once a half, at its dispatch) and what the
     stages beside them do not cover, kernels taking `slower` times and exchanges `protocol.beside` times as long."""
     local = (half.dispatch_local, half.combine_local)
-    behind = ((half.early,), (half.late,)) if staggered else ((half.early + half.late, half.experts),) * 2
+    rest, none = half.early + half.late, np.zeros_like(half.early)
+    behind = {"staggered": ((half.early,), (half.late,)), "alternating": ((rest, half.experts),) * 2,
+              "waiting": ((none, none), (rest, none))}[order]
     shown = []
     for exchange, own, stages in zip((half.dispatch, half.combine), local, behind, strict=True):
         sent = np.maximum(exchange * protocol.beside - own, 0.0)
         shows = sum(np.maximum(sent - slower * stage, 0.0) for stage in stages) * (2 / len(stages))
         shown.append(np.asarray(2 * own + shows))
-    return shown[0] + 2 * half.wait, shown[1]
+    return shown[0] + 2 * slower * half.wait, shown[1]
 
 
-def overlapped_s(half: Half, protocol: Protocol, slower: float, *, staggered: bool) -> Array:
+def overlapped_s(half: Half, protocol: Protocol, slower: float, order: Order) -> Array:
     """Seconds of both halves side by side."""
-    return np.asarray(2 * slower * half.compute + np.sum(shown_s(half, protocol, slower, staggered=staggered), axis=0))
+    return np.asarray(2 * slower * half.compute + np.sum(shown_s(half, protocol, slower, order), axis=0))

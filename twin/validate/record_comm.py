@@ -8,23 +8,32 @@ from dataclasses import replace
 import numpy as np
 
 from twin.cost.build import exchanges
-from twin.cost.comm import kv_transfer_s
+from twin.cost.comm import Exchange, kv_transfer_s
 from twin.cost.model import CostModel
 from twin.cost.network import Network
-from twin.cost.protocols import LIBRARIES, PROTOCOLS, TP_BASE_S, TP_EFFICIENCY
+from twin.cost.protocols import LIBRARIES, PROTOCOLS, TP_BASE_S, TP_EFFICIENCY, Protocol
 from twin.cost.routing import touch_probability
 from twin.spec.load import load_cluster
 from twin.spec.plan import Plan, PoolPlan, Precision
 from twin.validate.record_pools import evidence
 from twin.validate.record_units import per_second, unit_bytes
-from twin.validate.record_words import Found, Record, cluster_of, model_named, number, preset_of, text_of
+from twin.validate.record_words import (
+    Found,
+    Record,
+    before,
+    cluster_of,
+    model_named,
+    number,
+    on_first_kernels,
+    preset_of,
+    text_of,
+)
 from twin.validate.words import model_of
 
 _FP8 = Precision(weights="fp8_block", experts="fp8_block", kv="bf16", dispatch="fp8")
 _COMM_WIDTH, _OTHER_WIDTH, _KV_WIDTH = 0.15, 0.35, 0.20  # half widths of 80% intervals, from their own tables
 _NCCL_GPUS = 8  # the most that tables of NCCL have
-# Before April 2025 DeepEP's kernels across nodes reached so much of what they reach since: 44 and 46 of 58 and 51 GB/s.
-_FIRST_ACROSS = 0.85
+_SECOND_KERNELS = {"deepep_normal": "2025-04", "deepep_low_latency": "2025-06"}  # months from which its own tests time them
 # A call of normal mode as a host times it: layout, exchange of counts and the host's wait for them, before anything moves.
 _CALL_S = 1.5e-3
 
@@ -45,19 +54,9 @@ def _exchange(record: Record, backend: str) -> tuple[CostModel, float]:
     pool = PoolPlan(role="decode", dp=ranks, ep=ranks, comm=backend)  # type: ignore[arg-type]
     sent = _FP8.model_copy(update={"dispatch": _dispatch_format(record)})
     plan = Plan(pools=(pool, PoolPlan(role="prefill")), precision=sent, engine="sglang")
-    if backend == "deepep_low_latency" and _before(record, "2025-06"):
-        # before June 2025 low latency sent everything over RDMA, inside a node too
-        cluster = cluster.model_copy(update={"network": cluster.network.model_copy(update={"nvlink_domain_gpus": 1})})
-    if backend == "deepep_normal" and _before(record, "2025-04"):
-        slow = cluster.network.nic_bytes_per_s * _FIRST_ACROSS
-        cluster = cluster.model_copy(update={"network": cluster.network.model_copy(update={"nic_bytes_per_s": slow})})
+    if backend.startswith("deepep") and before(record, _SECOND_KERNELS[backend]):
+        cluster = on_first_kernels(cluster, normal=backend == "deepep_normal")
     return CostModel(model, cluster, plan, pool), number(record["tokens_per_gpu"])
-
-
-def _before(record: Record, month: str) -> bool:
-    """Whether a record says that it is older than a month; a year alone says nothing."""
-    date = str(record.get("date", ""))
-    return len(date) >= len(month) and date < month
 
 
 def _library(record: Record, tokens: float) -> str:
@@ -86,11 +85,7 @@ def exchange_latency(record: Record) -> Found | str:
     metric, tokens = str(record["metric"]).lower(), number(record["tokens_per_gpu"])
     library = _library(record, tokens)
     costs, tokens = _exchange(record, library if library in PROTOCOLS else "deepep_low_latency")
-    made = costs.exchanges
-    if library not in PROTOCOLS:
-        protocol = LIBRARIES[library]
-        made = tuple((name, exchange) for name, exchange in zip(
-            ("dispatch", "combine"), exchanges(replace(costs.site, protocol=protocol)), strict=True) if exchange is not None)
+    made = _made(costs, PROTOCOLS.get(library) or LIBRARIES[library])
     if not made:
         return "one rank exchanges nothing"
     seconds = 0.0
@@ -101,6 +96,12 @@ def exchange_latency(record: Record) -> Found | str:
             seconds += float(nvlink_s + rdma_s) + exchange.fixed_s + called
     known = library in ("deepep_normal", "deepep_low_latency", *LIBRARIES) and "gb" not in str(record.get("gpu", "")).lower()
     return Found.near(seconds * per_second(record, "us"), _COMM_WIDTH if known else _OTHER_WIDTH, "calibrated")
+
+
+def _made(costs: CostModel, protocol: Protocol) -> tuple[tuple[str, Exchange], ...]:
+    """Dispatch and combine of a library by itself, named."""
+    found = exchanges(replace(costs.site, protocol=protocol.tested))
+    return tuple((name, exchange) for name, exchange in zip(("dispatch", "combine"), found, strict=True) if exchange is not None)
 
 
 def copies_bandwidth(record: Record) -> Found | str:
@@ -125,8 +126,9 @@ def exchange_bandwidth(record: Record) -> Found | str:
     """DeepEP V1's bottleneck bandwidth: bytes a second that a rank sends to nodes (its own counted) or, inside one, to ranks."""
     costs, tokens = _exchange(record, "deepep_normal")
     phase = 1 if str(record["metric"]).startswith("combine") else 0
-    nvlink_s, rdma_s = costs.exchanges[phase][1].seconds(np.array([tokens]))
-    seconds = float(nvlink_s + rdma_s) + costs.exchanges[phase][1].fixed_s
+    exchange = _made(costs, costs.site.protocol)[phase][1]
+    nvlink_s, rdma_s = exchange.seconds(np.array([tokens]))
+    seconds = float(nvlink_s + rdma_s) + exchange.fixed_s
     moe, ranks = costs.model.moe, costs.pool.ep
     assert moe is not None
     domains = costs.network.domain_of[:ranks]

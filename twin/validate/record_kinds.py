@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from twin.cost.batch import StepCost
-from twin.cost.engines import LATE_SHOWN
 from twin.cost.routing import popularity
 from twin.spec.scenario import Routing
 from twin.validate.record_comm import (
@@ -176,7 +175,7 @@ def _exchange_part(part: str, ask: Asked, parts: Mapping[str, float], hot_s: flo
         return ask.costs.shown_exchanges_s(ask.batch)[name == "combine"] / max(ask.costs.model.moe_layers, 1)
     tbo = ask.costs.pool.tbo
     moved = sum(parts.get(f"moe/{name}/{kind}", 0.0) for kind in ("nvlink", "rdma", "latency")) + (later_s / 2 if tbo else 0.0)
-    waited = parts.get(f"moe/{name}/wait", 0.0) / (LATE_SHOWN if tbo else 1.0) + (hot_s if name == "combine" and not tbo else 0.0)
+    waited = parts.get(f"moe/{name}/wait", 0.0) + (hot_s if name == "combine" and not tbo else 0.0)
     return {"core": moved, "barrier": waited, "": moved + waited}[piece]
 
 

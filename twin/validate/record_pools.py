@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from twin.cost.batch import Array, StepBatch, StepCost
 from twin.cost.build import Site
+from twin.cost.engines import Engine, wide_engine_of
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
 from twin.cost.routing import place, slot_shares
 from twin.policy.placement import Placement, slots_to_ranks
+from twin.spec.cluster import ClusterSpec
 from twin.spec.model import ModelSpec
 from twin.spec.plan import CommBackend, Plan, PoolPlan
 from twin.validate.record_words import (
     Record,
+    before,
     cached_share,
     cluster_of,
     engine_of_record,
     model_named,
     number,
+    on_first_kernels,
     precision_of_record,
     ranks_of,
     stated,
@@ -41,6 +45,7 @@ DRIFT = {"prefill": 0.22, "decode": 0.14}
 _PROMPT, _MOST_NOISE = 3.0, 0.6
 _PREFILL_TOKENS = {"sglang": 16384.0, "vllm": 8192.0, "trtllm": 8192.0}  # a step, where a record does not say
 _DECODE_SEQS = 128.0
+_SECOND_KERNELS = "2025-06"  # deployments reported before had the low-latency kernels of before 23 May 2025
 _TOLD_EP = 16  # ranks from which on nobody leaves vLLM its default all-to-all
 _ASSUMED_WIDTH = 1.15  # times wider where batch, context or features are not stated
 
@@ -133,6 +138,9 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     phase, (dp, tp, ep) = phase_of(record), ranks_of(record)
     said, engine, model = stated(record, phase, ep), engine_of_record(record), model_named(record)
     cluster, text = cluster_of(record, dp * tp), text_of(record)
+    if phase == "decode" and dp > 1 and tp == 1 and "gb" not in str(record.get("gpu")).lower() and (
+            before(record, _SECOND_KERNELS) or _of_deepseek(text)):
+        cluster = on_first_kernels(cluster, normal=False)
     assumed = list(said.assumed)
     redundant, layout = 0, None
     ep = ep if model.moe is not None else 1
@@ -154,7 +162,7 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
         domains = max(1, -(-(dp * tp) // cluster.network.nvlink_domain_gpus))
         away = moved(phase, said.eplb, prompts * dp / (2 if pool.tbo else 1))
         layout = expert_loads(model, ep, redundant, domains, away, said.eplb, nodes=phase == "prefill")
-    costs = CostModel(model, cluster, plan, pool, profile=evidence())
+    costs = CostModel(model, cluster, plan, pool, profile=evidence(), engine=_engine_then(record, engine, pool, cluster))
     if layout is not None:
         costs = costs.relaid(*layout)
     if phase == "prefill":
@@ -172,6 +180,18 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     seqs *= tp  # sequences of one DP rank
     batch = StepBatch.decode([seqs], [seqs * (isl + osl / 2)])
     return Asked(costs, batch, seqs * costs.tokens_per_step / tp, phase, said.drafted, tuple(assumed))
+
+
+def _engine_then(record: Record, name: str, pool: PoolPlan, cluster: ClusterSpec) -> Engine | None:
+    """The engine where it was another at a record's date: DeepEP's normal mode under vLLM waited for the other half batch's
+    compute until March 2026 (vllm-project/vllm #38451). None: as it is."""
+    waits = name == "vllm" and pool.tbo and pool.comm == "deepep_normal" and before(record, "2026-04")
+    return replace(wide_engine_of(name, cluster.groups[0].gpu), tbo_waits=True) if waits else None
+
+
+def _of_deepseek(text: str) -> bool:
+    """Whether a record is of the traces that DeepSeek published in February 2025, whoever cites them when."""
+    return "profile" in text or "infersim" in text
 
 
 def _comm(engine: str, phase: str, dp: int, ep: int) -> CommBackend:
@@ -199,6 +219,6 @@ def _decode_seqs(record: Record, gpus: int, text: str, assumed: list[str]) -> fl
     for word in ("concurrency", "global_batch", "batch"):
         if record.get(word):
             return max(1.0, number(record[word]) / gpus)
-    if "profile" not in text and "infersim" not in text:  # DeepSeek's decode profile has 128 a GPU
+    if not _of_deepseek(text):  # its decode trace has 128 a GPU
         assumed.append("batch")
     return _DECODE_SEQS

@@ -95,6 +95,24 @@ def cluster_of(record: Record, ranks: int) -> ClusterSpec:
     return cluster.model_copy(update={"network": cluster.network.model_copy(update=changed)})
 
 
+# DeepEP's first kernels: until 22 April 2025 normal mode across nodes reached so much of what it reaches since (44 and 46 of 58
+# and 51 GB/s, its README); until 23 May 2025 low latency sent everything over RDMA, inside a node too.
+_FIRST_ACROSS = 0.85
+
+
+def before(record: Record, month: str) -> bool:
+    """Whether a record says that it is older than a month; a year alone says nothing."""
+    date = str(record.get("date", ""))
+    return len(date) >= len(month) and date < month
+
+
+def on_first_kernels(cluster: ClusterSpec, normal: bool) -> ClusterSpec:
+    """The cluster as DeepEP's first kernels used it, in normal or in low-latency mode."""
+    network = cluster.network
+    changed = {"nic_bytes_per_s": network.nic_bytes_per_s * _FIRST_ACROSS} if normal else {"nvlink_domain_gpus": 1}
+    return cluster.model_copy(update={"network": network.model_copy(update=changed)})
+
+
 def precision_of_record(record: Record) -> Precision:
     """Formats: narrow experts where the record says so, a bf16 model where it says only that, else block-scaled fp8."""
     text = str(record.get("precision", "")).lower()

@@ -268,6 +268,15 @@ def test_vllm_across_nodes_is_told_its_all_to_all() -> None:
         assert costs.site.protocol.name == name
 
 
+def test_deployments_ran_the_libraries_of_their_day() -> None:
+    """Low latency kept off NVLink until May 2025; vLLM's overlap of prompts hid one exchange of four until March 2026."""
+    decode = {"model": "deepseek-v3", "gpu": "H100", "ep": 16, "metric": "output_throughput", "unit": "tok/s/GPU", "isl": 2000,
+              "batch_per_gpu": 128, "features": {"TBO": False, "EPLB": True}}
+    assert value({**decode, "date": "2025-05-05"}) < value({**decode, "date": "2025-07-01"}) == value(decode)
+    prefill = {**decode, "metric": "input_throughput", "backend": "vllm", "batch_per_gpu": 8192, "features": {"DBO": True}}
+    assert value({**prefill, "date": "2025-12-17"}) < value({**prefill, "date": "2026-06-01"}) == value(prefill)
+
+
 def test_more_ranks_do_not_slow_decode_down_whatever_their_number() -> None:
     """Slots that do not divide well over ranks (64, 128, 256) make no steps of their own."""
     rates = [value({**DECODE, "model": "deepseek-r1", "gpu": "H200", "ep": ep}) for ep in (32, 64, 96, 128, 144, 256)]
