@@ -36,7 +36,7 @@ def build(arch: str, backend: str, device: torch.device) -> tuple[Transformer, M
     return transformer, Mtp(transformer, params), make_kv(with_mtp(model), single(model), 16, BLOCK, dtype, device)
 
 
-@pytest.mark.parametrize("arch", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("arch", ["deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_drafts_are_rows_like_any_other(device: torch.device, arch: str) -> None:
     """The runner's step of decodes with drafts gives the logits and states of torch's, and the module goes on from them."""

@@ -23,9 +23,12 @@ def choices(tokens: int, experts: int, k: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
-@pytest.mark.parametrize(("experts", "slots", "ranks"), [(16, 24, 8), (12, 15, 3), (8, 8, 4), (4, 16, 4),
-                                                        (256, 288, 8), (64, 96, 24)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+SIZES = [(16, 24, 8), (12, 15, 3), (8, 8, 4), (4, 16, 4), (256, 288, 8), (64, 96, 24)]
+
+
+@pytest.mark.parametrize(("experts", "slots", "ranks", "dtype"), [
+    *((*size, torch.int32) for size in SIZES), (*SIZES[0], torch.int64),
+    *(pytest.param(*size, torch.int64, marks=pytest.mark.slow) for size in SIZES[1:])])
 def test_the_kernel_splits_as_the_policy_does(device: torch.device, experts: int, slots: int, ranks: int,
                                               dtype: torch.dtype) -> None:
     load = np.random.default_rng(3).lognormal(0, 1, (1, experts))

@@ -219,7 +219,7 @@ def grouped(a, w, a_scale, w_scale, offs):
     return out
 
 
-@pytest.mark.parametrize("arch", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("arch", ["deepseek_v3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_whole_steps_of_cut_products(arch: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fp8 product of a step by an entry: logits move by no more than what the rounding of activations explains."""
     transformer, kv = build(tiny(arch), "triton", device, fp8=True)

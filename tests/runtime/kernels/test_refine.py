@@ -45,7 +45,7 @@ def runner_of(transformer: Transformer, kv: list[torch.Tensor], price) -> Rehear
     return runner
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_every_part_may_change_and_gives_the_same_step(arch: str, device: torch.device) -> None:
     """Each entry makes a step faster here, so all stay; tokens are the torch backend's."""
     model = tiny(arch)

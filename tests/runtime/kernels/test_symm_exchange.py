@@ -63,8 +63,9 @@ def world_traffic(counts: list[int], route: str, dtype: torch.dtype, device: tor
 
 
 @pytest.mark.parametrize(("ranks", "expert_tp", "route"), [
-    *((2, 1, route) for route in ROUTES), *((4, 1, route) for route in ROUTES), (4, 2, "uniform"), (4, 2, "one rank"),
-    (4, 4, "uniform")])
+    *((2, 1, route) for route in ROUTES), (4, 1, "uniform"), (4, 2, "one rank"),
+    *(pytest.param(4, 1, route, marks=pytest.mark.slow) for route in ROUTES if route != "uniform"),
+    *(pytest.param(4, tp, "uniform", marks=pytest.mark.slow) for tp in (2, 4))])
 def test_every_token_meets_its_experts_once(device: torch.device, ranks: int, expert_tp: int, route: str) -> None:
     world = World(ranks, device, expert_tp=expert_tp)
     for phase, counts in enumerate(([3] * 4, [0, 1, 0, 0], [5, 0, 2, 3])):
@@ -73,8 +74,11 @@ def test_every_token_meets_its_experts_once(device: torch.device, ranks: int, ex
             assert not mistakes(got, t, SLOTS), f"rank {rank}, {counts}"
 
 
-@pytest.mark.parametrize("options", [{"fp8": True}, {"push_back": True}, {"fp8": True, "push_back": True}])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("options", "dtype"), [
+    ({"fp8": True}, torch.bfloat16), ({"push_back": True}, torch.float32), ({"fp8": True, "push_back": True}, torch.bfloat16),
+    pytest.param({"fp8": True}, torch.float32, marks=pytest.mark.slow),
+    pytest.param({"push_back": True}, torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param({"fp8": True, "push_back": True}, torch.float32, marks=pytest.mark.slow)])
 def test_fp8_rows_and_pushed_results(device: torch.device, options: dict[str, bool], dtype: torch.dtype) -> None:
     world = World(2, device, **options)
     for phase in range(PHASES):
