@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import itertools
 import json
 import os
@@ -18,19 +17,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
-from urllib.parse import urlsplit
 
 import aiohttp
 
-from runtime.bench_client import Api, Outcome, PromptUnit, Target, ask, readable
+from runtime.bench_client import Api, Outcome, PromptUnit, Target, ask
 from twin.policy.arrivals import RequestSet, sample_requests
-from twin.spec.errors import EptwinError, SpecError
+from twin.spec.errors import EptwinError
 from twin.spec.provenance import provenance
 from twin.spec.results import RequestRecord, RunResult, Summary
 from twin.spec.summarise import mark_warmup, summarise
+from twin.spec.urls import API_KEY_VARIABLE, check_url, readable
 from twin.spec.workload import WorkloadSpec
 
-API_KEY_VARIABLE = "EPTWIN_API_KEY"
 MAX_REQUESTS = 100_000
 """Most requests of one load test: a bound on what the client keeps in memory."""
 _LATE_S = 0.05
@@ -105,26 +103,6 @@ def bench(url: str, workload: WorkloadSpec, options: BenchOptions | None = None,
     requests = sample_requests(workload, options.seed, max_requests=MAX_REQUESTS)
     load = asyncio.run(_bench(target, workload, requests, progress))
     return _measurement(load, workload, requests, options)
-
-
-def check_url(url: str, *, allow_remote: bool) -> str:
-    """The URL without a trailing slash. Raises SpecError for anything but plain http(s), and for other machines unless
-    `allow_remote`: a load test of somebody's service by mistake is an attack."""
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise SpecError(f"is not a URL: {readable(str(error))}", field="url") from error
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or "@" in parts.netloc:
-        raise SpecError("is not a plain URL", field="url", expected="http://HOST:PORT, no query and no credentials",
-                        hint=f"a key belongs into {API_KEY_VARIABLE}")
-    loopback = host == "localhost"
-    with contextlib.suppress(ValueError):
-        loopback = loopback or ipaddress.ip_address(host).is_loopback
-    if not loopback and not allow_remote:
-        raise SpecError(f"{readable(host)} is another machine", field="url", expected="a loopback address",
-                        hint="allow remote targets explicitly if the service is yours to load")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def stderr_progress(now: Progress) -> None:

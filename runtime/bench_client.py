@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import aiohttp
 
+from twin.spec.urls import readable
+
 Api = Literal["completions", "chat"]
 PromptUnit = Literal["bytes", "words"]
 MAX_EVENT_BYTES = 1 << 20
@@ -152,8 +154,3 @@ def _take(line: bytes, now: float, outcome: Outcome) -> bool:
 
 def _has_text(choice: dict[str, Any]) -> bool:
     return bool((choice.get("delta") or {}).get("content") or choice.get("text"))
-
-
-def readable(text: str) -> str:
-    """At most 200 printable characters of what a service said."""
-    return "".join(c if c.isprintable() else " " for c in text[:200]).strip()

@@ -37,8 +37,8 @@ from runtime.tokenizer import Tokenizer, load_tokenizer
 from runtime.types import FrontendStats
 from twin.policy.admission import Admission
 from twin.spec.errors import EptwinError
+from twin.spec.urls import API_KEY_VARIABLE
 
-API_KEY_VARIABLE = "EPTWIN_API_KEY"
 _THREAD_CHARS = 16_384
 """Prompts longer than this are tokenised off the event loop."""
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, running_server
 
-from runtime.bench import BenchOptions, Progress, bench, check_url, first_model
+from runtime.bench import BenchOptions, Progress, bench, first_model
 from runtime.bench_client import prompt_text
 from twin.spec.errors import EptwinError, SpecError
 from twin.spec.results import RunResult
+from twin.spec.urls import check_url
 from twin.spec.workload import WorkloadSpec
 
 STEP_S = 0.02
