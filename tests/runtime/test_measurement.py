@@ -22,6 +22,7 @@ from runtime.batch import Segment, make_step
 from runtime.calibrate import TERMS, calibrate, fit
 from runtime.kv import make_kv
 from runtime.layout import layouts, single
+from runtime.measure import PARTS
 from runtime.offline import run_workload
 from runtime.options import EngineOptions
 from runtime.rank import build_rank
@@ -32,6 +33,7 @@ from twin.cost.profile import load_profile
 from twin.cost.roofline import Efficiency, OpTable
 from twin.policy.arrivals import sample_requests
 from twin.spec.cluster import GpuSpec
+from twin.spec.hf import model_from_hf_config
 from twin.spec.load import load_model
 from twin.spec.plan import Plan, PoolPlan, Precision
 from twin.spec.rundir import read_run, write_run
@@ -75,6 +77,22 @@ def test_a_measurement_tells_what_happened(tmp_path: Path) -> None:
     back = read_run(tmp_path / "run")
     assert back.result == run.result
     assert {e["ph"] for e in back.trace} >= {"M", "X", "b", "e", "s", "f"}
+
+
+def test_every_rank_tells_where_its_steps_went() -> None:
+    """In the trace, by rank: what it computed, what it exchanged, and how long it waited for the slowest."""
+    model = model_from_hf_config(tiny_config("qwen3_moe", hidden=64, layers=2, experts=8, top_k=2), "tiny")
+    plan = Plan(pools=(PoolPlan(role="mixed", dp=2, ep=2, comm="gloo", **POOL),))
+    few = WORKLOAD.model_copy(update={"requests": 12, "arrivals": Arrivals(kind="burst")})
+    steps = [e for e in run_workload(plan, model, few).trace if e["ph"] == "X"]
+    assert {(e["pid"], e["tid"]) for e in steps} == {(0, 0), (0, 1)}
+    phases = {"attention", "moe/gate", "moe/dispatch", "moe/experts", "moe/combine", "head", "host/wait"}
+    for step in steps:
+        parts = {name: value for name, value in step["args"].items() if name in PARTS.values()}
+        assert phases <= parts.keys()
+        assert all(parts[name] > 0 for name in phases)
+    parts_us = sum(value for step in steps for name, value in step["args"].items() if name in PARTS.values())
+    assert parts_us == pytest.approx(sum(step["dur"] for step in steps), rel=0.25), "no time is lost"
 
 
 def _watch_listeners(found: set[str], done: threading.Event) -> None:
