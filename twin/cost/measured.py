@@ -27,6 +27,7 @@ _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
 _DOUBLE = 2.15  # times as long for twice the batch, at most: no measured pair of large batches differs by more
 _PROGRAM_HEADS = 64  # of a program of our latent attention on Hopper, one to an SM (runtime/kernels/attention_mla_hopper.py)
+_NARROW_SLOWER = 1.3  # times as long for half the bytes of cache, at most
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
 
 
@@ -252,10 +253,21 @@ def _curve(op: Op, ask: Ask) -> Curve | None:
         words = {"scope": "module", "layout": "deepep", "dtype": "fp8_block", "gemm_dtype": "fp8_block", "kv_dtype": ask.kv_dtype}
         curve = ask.profile.curve(op.kind, {"heads": ask.heads}, words)
     elif op.kind in ("mla_decode", "mla_prefill") and _is_deepseek(ask.attention):
-        curve = ask.profile.curve(op.kind, {"heads": ask.heads}, {**words, "scope": "kernel"})
+        curve = _latent(op.kind, words | {"scope": "kernel"}, ask)
     else:
         return None
     return curve if curve is not None and evidence_of(curve, 32, 2048).half_width <= _WIDEST else None
+
+
+def _latent(kind: str, words: dict[str, str], ask: Ask) -> Curve | None:
+    """The kernel of latent attention. Where a table has a narrow cache take longer than a wide one, a kernel was timed that
+    nobody serves with (SGLang's of fp8 on Hopper: four times): the wide cache's answers."""
+    curve = ask.profile.curve(kind, {"heads": ask.heads}, words)
+    if kind != "mla_decode" or words["kv_dtype"] == "bf16" or curve is None:
+        return curve
+    wide = ask.profile.curve(kind, {"heads": ask.heads}, words | {"kv_dtype": "bf16"})
+    slower = wide is not None and curve.estimate(32, 2048).seconds > _NARROW_SLOWER * wide.estimate(32, 2048).seconds
+    return wide if slower else curve
 
 
 def _products(ops: Sequence[Op], ask: Ask) -> Array:

@@ -221,7 +221,8 @@ class Worker:
             look = max(self.next_poll, self.held_since + self.patience if self.held_since >= 0 else 0)
             steps = max(1, min(steps, look - self.steps))
         if self.serving.reserved_share < 1:
-            steps = max(1, min(steps, math.floor(min(self._spare(rank) for rank in self.ranks if rank.running))))
+            spare = min(self._spare(rank) for rank in self.ranks if rank.running)  # without end where memory was not known
+            steps = max(1, math.floor(min(float(steps), spare)))
         step_s = self._decode_s(steps)
         if now + steps * step_s > until > now:
             steps = max(1, min(steps, math.ceil((until - now) / step_s)))

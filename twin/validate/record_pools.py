@@ -12,10 +12,12 @@ from twin.cost.batch import Array, StepBatch, StepCost
 from twin.cost.build import Site
 from twin.cost.engines import Engine, wide_engine_of
 from twin.cost.evidence import Evidence
+from twin.cost.memory import memory_of
 from twin.cost.model import CostModel
 from twin.cost.routing import place, slot_shares
 from twin.policy.placement import Placement, slots_to_ranks
 from twin.spec.cluster import ClusterSpec
+from twin.spec.errors import Infeasible
 from twin.spec.model import ModelSpec
 from twin.spec.plan import CommBackend, Plan, PoolPlan
 from twin.validate.record_words import (
@@ -44,10 +46,13 @@ DRIFT = {"prefill": 0.22, "decode": 0.14}
 # in LMSYS's trace of 64 prompts). Decoding sequences bring one token each; that noise is in the cost model.
 _PROMPT, _MOST_NOISE = 3.0, 0.6
 _PREFILL_TOKENS = {"sglang": 16384.0, "vllm": 8192.0, "trtllm": 8192.0}  # a step, where a record does not say
-_DECODE_SEQS = 128.0
+_TRACED_SEQS = 128.0  # in DeepSeek's decode trace, a GPU
+# Published batches are 0.75 to 1.2 times what memory holds by this rule (256 on 72 H100, 480 on 96 H200 for Kimi K2, 768 and 1408
+# on 48 GB200, 256 under vLLM on 32 H200), 1.8 times on 16 H20.
+_MOST_SEQS = 1024
 _SECOND_KERNELS = "2025-06"  # deployments reported before had the low-latency kernels of before 23 May 2025
 _TOLD_EP = 16  # ranks from which on nobody leaves vLLM its default all-to-all
-_ASSUMED_WIDTH = 1.15  # times wider where batch, context or features are not stated
+_ASSUMED_WIDTH, _BATCH_WIDTH = 1.15, 1.35  # times wider where features or the tokens of a step are not stated, or the batch
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +124,7 @@ class Asked:
         step = self.costs.step(self.batch)
         parts = {key: seconds for key, seconds in step.parts_s.items() if self.drafted or key != "mtp/draft"}
         total_s = sum(parts.values())
-        wider = _ASSUMED_WIDTH if self.assumed else 1.0
+        wider = _BATCH_WIDTH if "batch" in self.assumed else _ASSUMED_WIDTH if self.assumed else 1.0
         return StepCost(total_s, parts, step.sources, total_s * step.low_s / step.total_s / wider,
                         total_s * step.high_s / step.total_s * wider)
 
@@ -173,7 +178,7 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
     if not isl:
         cached = re.search(r"kv (\d+)k", text)
         isl = float(cached[1]) * 1024 if cached else 4096.0 if said.even or said.drafts else 2000.0
-    seqs = _decode_seqs(record, dp * tp, text, assumed)
+    seqs = _decode_seqs(record, costs, isl + osl / 2, assumed)
     scaled = re.search(r"scaled to (\d+) tok/GPU", str(record.get("unit")))
     if scaled and said.drafts:
         seqs = float(scaled[1]) / (1 + said.drafts)
@@ -212,13 +217,20 @@ def _prefill_tokens(record: Record, engine: str, assumed: list[str]) -> float:
     return _PREFILL_TOKENS[engine]
 
 
-def _decode_seqs(record: Record, gpus: int, text: str, assumed: list[str]) -> float:
-    """Sequences a GPU decodes at once."""
+def _decode_seqs(record: Record, costs: CostModel, context: float, assumed: list[str]) -> float:
+    """Sequences a GPU decodes at once: who states a throughput and no batch filled the memory."""
     if record.get("batch_per_gpu"):
         return number(record["batch_per_gpu"])
     for word in ("concurrency", "global_batch", "batch"):
         if record.get(word):
-            return max(1.0, number(record[word]) / gpus)
-    if not _of_deepseek(text):  # its decode trace has 128 a GPU
-        assumed.append("batch")
-    return _DECODE_SEQS
+            return max(1.0, number(record[word]) / costs.pool.world)
+    if _of_deepseek(text_of(record)):
+        return _TRACED_SEQS
+    assumed.append("batch")
+    site, pool = costs.site, costs.pool.model_copy(update={"max_num_seqs": _MOST_SEQS, "max_batch_tokens": _MOST_SEQS})
+    try:
+        room = memory_of(costs.model, site.precision, pool, site.engine, site.gpu.hbm_bytes, site.protocol.name,
+                         mtp=pool.mtp_draft_tokens > 0)
+    except Infeasible:  # it ran, though our memory says it does not fit
+        return _TRACED_SEQS
+    return max(1.0, min(room.kv_tokens / context / pool.tp, float(_MOST_SEQS)))

@@ -179,11 +179,11 @@ class Stated:
 
 
 def stated(record: Record, phase: str, ep: int) -> Stated:
-    """Features of a record. Wide EP that states nothing overlaps batches and balances experts."""
+    """Features of a record. Wide EP that states nothing balances experts and, across nodes, overlaps batches."""
     given, text = record.get("features"), text_of(record)
     assumed: list[str] = []
     if not isinstance(given, Mapping):
-        given = {"TBO": True, "EPLB": True} if ep >= _WIDE_EP else {}
+        given = {"TBO": _overlaps(record), "EPLB": True} if ep >= _WIDE_EP else {}
         assumed.append("features")
     features = {str(k).upper(): v for k, v in given.items()}
     eplb = bool(features.get("EPLB", ep >= _WIDE_EP))
@@ -198,6 +198,12 @@ def stated(record: Record, phase: str, ep: int) -> Stated:
     simulated = "simulat" in f"{said}".lower() or "profile" in text or "infersim" in text
     return Stated(bool(features.get("TBO") or features.get("DBO")), eplb, wanted if eplb else 0, drafts, not simulated,
                   min(rate, 1.0), any(word in text for word in _SIMULATED), tuple(assumed))
+
+
+def _overlaps(record: Record) -> bool:
+    """Whether a wide deployment that does not say so overlaps two batches: not under TensorRT-LLM, and not where NVLink reaches
+    all ranks (SGLang switched it off on GB200)."""
+    return engine_of_record(record) != "trtllm" and "nvl72" not in preset_of(record)
 
 
 def _drafts(said: Any, profile: bool, ep: int) -> int:
