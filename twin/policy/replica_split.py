@@ -35,10 +35,10 @@ def split_over_replicas(counts: ArrayLike, placement: Placement, sweeps: int = S
     total_LR = slots_to_ranks(share_LS, placement)
     expert_LJ = _replicated_experts(load, placement)
     for _ in range(sweeps):
-        before = total_LR.max(axis=1)
+        before = total_LR.copy()
         for j in range(expert_LJ.shape[1]):
             _pour(load, expert_LJ[:, j], placement, share_LS, total_LR)
-        if np.all(before - total_LR.max(axis=1) <= 1e-4 * before):
+        if np.all(np.abs(total_LR - before).max(axis=1) <= 1e-4 * before.max(axis=1)):  # the fullest may wait for others' moves
             break
     return _whole_tokens(given, share_LS, placement) if np.issubdtype(given.dtype, np.integer) else share_LS
 
