@@ -79,7 +79,7 @@ def throughput(record: Record) -> Found | str:
     """Tokens a second of one step repeated: a GPU, a node, an instance or a user, as the unit says."""
     if not any(record.get(word) for word in ("ep", "gpus", "dp", "tp")):
         return "states no EP size and no number of GPUs: a throughput without its deployment"
-    unit = str(record.get("unit", "")).lower()
+    unit = f"{record.get('unit', '')} {metric_of(record)}".lower()
     if record.get("concurrency") and record.get("isl") and record.get("osl") and record.get("phase") not in ("prefill", "decode"):
         return served(record, unit)
     if "req" in unit:

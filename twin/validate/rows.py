@@ -252,14 +252,13 @@ def _pool(row: Row, model: ModelSpec, prefix: str, role: Role) -> PoolPlan | str
     ep = moe_ep if experts and world % moe_ep == 0 else 1
     if experts and moe_tp == 1 and moe_ep == 1:
         ep = 1  # not stated: experts are cut as attention is
-    if experts and model.moe is not None and model.moe.experts % ep:
-        return f"{model.moe.experts} experts do not divide over EP {ep}"
+    redundant = -model.moe.experts % ep if model.moe is not None else 0  # as many as fill all ranks alike
     if model.attention.heads % tp and role != "prefill":
         return f"{model.attention.heads} heads do not divide over TP {tp}"
     workers = row.count(prefix + "num_workers") if prefix else 1
     drafts = drafts_of(row.texts, row.numbers, model.name) if role == "mixed" and model.mtp_layers else 0
-    return PoolPlan(role=role, instances=workers, dp=dp, tp=tp, ep=ep, max_num_seqs=512, max_batch_tokens=8192,
-                    chunk_tokens=8192, block_tokens=64, mtp_draft_tokens=drafts, mtp_acceptance=ACCEPTANCE,
+    return PoolPlan(role=role, instances=workers, dp=dp, tp=tp, ep=ep, redundant_experts=redundant, max_num_seqs=512,
+                    max_batch_tokens=8192, chunk_tokens=8192, block_tokens=64, mtp_draft_tokens=drafts, mtp_acceptance=ACCEPTANCE,
                     memory_fraction=_MEMORY.get(row.texts["backend"], _MEMORY_OF_OTHERS))
 
 

@@ -277,6 +277,36 @@ def test_deployments_ran_the_libraries_of_their_day() -> None:
     assert value({**prefill, "date": "2025-12-17"}) < value({**prefill, "date": "2026-06-01"}) == value(prefill)
 
 
+def test_a_throughput_without_a_batch_is_of_a_full_memory() -> None:
+    rate = {"model": "deepseek-v3", "gpu": "H200", "ep": 32, "metric": "output_throughput", "unit": "tok/s/GPU", "isl": 2000,
+            "osl": 2000, "features": {"TBO": True, "EPLB": True}}
+    open_one, stated_one = ANSWERS["throughput"](rate), ANSWERS["throughput"]({**rate, "batch_per_gpu": 256})
+    assert isinstance(open_one, Found) and isinstance(stated_one, Found)
+    assert value({**rate, "batch_per_gpu": 128}) < open_one.value
+    assert open_one.high / open_one.low > stated_one.high / stated_one.low
+    assert value({**rate, "osl": 12000}) < 0.6 * open_one.value  # longer sequences, fewer of them
+    assert value({**rate, "gpu": "H100", "ep": 8}) == value({**rate, "gpu": "H100", "ep": 8, "batch_per_gpu": 128})  # never fits
+
+
+def test_a_metric_says_whose_throughput_it_is() -> None:
+    record = {"model": "deepseek-v3", "gpu": "H200", "ep": 32, "isl": 2000, "batch_per_gpu": 128, "phase": "decode"}
+    assert value({**record, "metric": "tps_per_gpu", "unit": "tok/s"}) == value(
+        {**record, "metric": "output_throughput", "unit": "tok/s/GPU"})
+
+
+def test_who_says_nothing_overlaps_batches_across_nodes_alone() -> None:
+    record = {"model": "deepseek-v3", "phase": "decode"}
+    assert stated({**record, "gpu": "H100"}, "decode", 32).tbo
+    assert not stated({**record, "gpu": "GB200 NVL72"}, "decode", 32).tbo
+    assert not stated({**record, "gpu": "H100", "backend": "TensorRT-LLM"}, "decode", 32).tbo
+
+
+def test_a_narrow_latent_cache_is_no_slower_than_a_wide_one() -> None:
+    record = {"model": "deepseek-v3", "gpu": "H200", "ep": 16, "metric": "output_throughput", "unit": "tok/s/GPU", "isl": 4096,
+              "batch_per_gpu": 64}
+    assert value({**record, "precision": "FP8, FP8 KV cache"}) >= 0.99 * value({**record, "precision": "FP8"})
+
+
 def test_more_ranks_do_not_slow_decode_down_whatever_their_number() -> None:
     """Slots that do not divide well over ranks (64, 128, 256) make no steps of their own."""
     rates = [value({**DECODE, "model": "deepseek-r1", "gpu": "H200", "ep": ep}) for ep in (32, 64, 96, 128, 144, 256)]
