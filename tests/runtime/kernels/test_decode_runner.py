@@ -56,7 +56,7 @@ def plain_tokens(model: ModelSpec, device: torch.device, steps: int) -> tuple[li
     return tokens, logits
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_steps_of_the_runner_are_those_of_the_torch_backend(device: torch.device, arch: str) -> None:
     model = tiny(arch)
     want, want_logits = plain_tokens(model, device, 4)
