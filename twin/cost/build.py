@@ -183,8 +183,8 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
     slower = np.log(site.engine.collectives_scale)
     collectives = [replace(one, log_s=one.log_s + slower) for one in collectives]
     last = typical_max(site.pool.world) if shared.exchanges else 0.0
-    late = WIDE_LATE_PROMPTS if site.pool.role == "prefill" else site.engine.late_share
-    share = late * last / max(len(shared.exchanges), 1) if site.wide else 0.0
+    late = WIDE_LATE_PROMPTS if site.wide and site.pool.role == "prefill" else 0.0
+    share = late * last / max(len(shared.exchanges), 1)
     return Stack(table, tuple(measured), tuple(collectives), experts, shared.exchanges, model.moe_layers, counts,
                  site.engine.late_s * last, share, site.pool.dp, model.layers, output_share(model))
 

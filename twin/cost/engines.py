@@ -30,11 +30,10 @@ class Engine:
     shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed in
     the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while the other half batch
     communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks arrive at an exchange, which
-    all wait for the last of, late_share the same as part of what each computes (clocks and loads differ); tbo_staggered:
-    halves of a decode step run two stages apart (`overlap.py`); tbo_waits: exchanges wait for all compute issued before;
-    splits_replicas: tokens go to an expert's replicas so that ranks are even batch by batch (`twin.policy.replica_split`), else
-    replicas are used alike; mla_prefill: which rows of a profile describe its latent attention in prefill (the kernel rows of
-    SGLang time the absorbed kernel, which it does not serve prompts with);
+    all wait for the last of; tbo_staggered: halves of a decode step run two stages apart (`overlap.py`); tbo_waits: exchanges
+    wait for all compute issued before; splits_replicas: tokens go to an expert's replicas so that ranks are even batch by batch
+    (`twin.policy.replica_split`), else replicas are used alike; mla_prefill: which rows of a profile describe its latent
+    attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
     draft_seq_host_s: more host seconds per running sequence of a step that verifies drafts, where the engine's scheduler does
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
@@ -73,7 +72,6 @@ class Engine:
     attention_scale: float = 1.0
     experts_scale: float = 1.0
     collectives_scale: float = 1.0
-    late_share: float = 0.0
     tbo_staggered: bool = False
     tbo_waits: bool = False
     few_rows: tuple[tuple[int, float], ...] = ()
@@ -141,11 +139,9 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
     return replace(ENGINES[name], **fitted)  # type: ignore[arg-type]
 
 
-# How ranks of DeepEP pools wait for one another: on 96 H100 under SGLang exchanges take 0.1 ms a layer longer in decode than
-# alone, and even loads leave bubbles of 3 to 7% in prefill (LMSYS, 2025-05).
-_WIDE_LATE_S, _WIDE_LATE_SHARE = 8e-6, 0.02
-# Prompts make ranks later: barriers of even loads take 12 to 13% of a layer there, 2.1 ms of 12.6 at the dispatch without overlap
-# (the same traces).
+# How ranks of DeepEP pools wait for one another. Prompts make them late: barriers of even loads take 12 to 13% of a layer in
+# prefill, 2.1 ms of 12.6 at the dispatch without overlap (LMSYS, 2025-05). In decode exchanges take what their bytes say, on 72
+# H100 as on 128 H800, where all of them crossed RDMA.
 WIDE_LATE_PROMPTS = 0.05
 # Kernels beside another half batch's exchanges, their missing SMs apart: a layer's take 1.22 to 1.36 times as long there in
 # prefill, where 108 of 132 SMs alone would be 1.22 (the same layer times).
@@ -156,5 +152,5 @@ def wide_engine_of(name: str, gpu: GpuSpec) -> Engine:
     """The engine of a pool that exchanges tokens through DeepEP: its own, with fitted dense products (the same kernels run
     whatever the experts do) and nothing else of the fits inside one node."""
     fitted = FITS.get((name, generation(gpu)), {})
-    return replace(engine_of(name), products_scale=fitted.get("products_scale", 1.0), late_s=_WIDE_LATE_S,
-                   late_share=_WIDE_LATE_SHARE, tbo_compute_slowdown=_WIDE_TBO_SLOWDOWN, draft_seq_host_s=0.0)
+    return replace(engine_of(name), products_scale=fitted.get("products_scale", 1.0), late_s=0.0,
+                   tbo_compute_slowdown=_WIDE_TBO_SLOWDOWN, draft_seq_host_s=0.0)

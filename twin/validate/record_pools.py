@@ -50,7 +50,8 @@ _TRACED_SEQS = 128.0  # in DeepSeek's decode trace, a GPU
 # Published batches are 0.75 to 1.2 times what memory holds by this rule (256 on 72 H100, 480 on 96 H200 for Kimi K2, 768 and 1408
 # on 48 GB200, 256 under vLLM on 32 H200), 1.8 times on 16 H20.
 _MOST_SEQS = 1024
-_SECOND_KERNELS = "2025-06"  # deployments reported before had the low-latency kernels of before 23 May 2025
+_TRACED_GPUS, _LENT_WIDTH = ("h100", "h200", "h800"), 1.15  # wide pools of SGLang on others, and other engines', are less known
+_SECOND_KERNELS = "2025-07"  # deployments reported before, weeks after they ran, had low-latency kernels of before 23 May 2025
 _TOLD_EP = 16  # ranks from which on nobody leaves vLLM its default all-to-all
 _ASSUMED_WIDTH, _BATCH_WIDTH = 1.15, 1.35  # times wider where features or the tokens of a step are not stated, or the batch
 
@@ -119,12 +120,19 @@ class Asked:
     drafted: bool
     assumed: tuple[str, ...]
 
+    @property
+    def traced(self) -> bool:
+        """Whether what wide pools add to their kernels was read off this engine on such a GPU."""
+        site = self.costs.site
+        return not site.wide or (site.engine.name == "sglang" and site.gpu.name.startswith(_TRACED_GPUS))
+
     def step(self) -> StepCost:
         """The step, without the pass that drafts where drafts were only simulated."""
         step = self.costs.step(self.batch)
         parts = {key: seconds for key, seconds in step.parts_s.items() if self.drafted or key != "mtp/draft"}
         total_s = sum(parts.values())
         wider = _BATCH_WIDTH if "batch" in self.assumed else _ASSUMED_WIDTH if self.assumed else 1.0
+        wider *= 1.0 if self.traced else _LENT_WIDTH
         return StepCost(total_s, parts, step.sources, total_s * step.low_s / step.total_s / wider,
                         total_s * step.high_s / step.total_s * wider)
 
