@@ -29,6 +29,7 @@ _UNTUNED_SLOW = 6.0  # what is slow in earnest: weights unpacked in the kernel; 
 _SKEWED = "power_law_1.01"
 _LENDERS, _SLOWER = ("sglang", "vllm"), 1.4
 _KERNELS = ("moe_torch_flow_cutlass", "moe_torch_flow_min_latency")  # TensorRT-LLM's of nvfp4
+_TILE = 128.0  # rows that grouped kernels multiply at once
 _COARSE: Array = _TOKENS[::2]  # where layers differ, each costs its own row
 
 
@@ -141,6 +142,8 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     if layout == "fused" and not skewed and pool.ep > 1 and profile.engine in LOCAL_ENGINES:
         shape |= {"experts": shape["experts"] / pool.ep, "moe_ep": 1.0}
         words["layout"], tokens = LOCAL, work.pairs_max / moe.top_k
+    if layout == "deepep_low_latency":
+        tokens = tokens * _more_tiles(work.pairs_max / np.maximum(work.hit, 1e-9))
     decoding = work.tokens <= 1024
     found = _fastest(_kernels(profile, shape, words), tokens, 128.0 * pool.dp)
     if found is None or found[1].half_width > 1.0:
@@ -156,6 +159,13 @@ def measured_expert_cost(work: ExpertWork, model: ModelSpec, precision: Precisio
     if np.median((seconds / plain)[decoding]) > (_UNTUNED_SLOW if own or precision.experts == "int4" else _UNTUNED):
         return None
     return ExpertCost(np.log(work.tokens), np.log(seconds), np.full(len(work.tokens), -np.inf), found[1])
+
+
+def _more_tiles(rows: Array) -> Array:
+    """Tiles that experts of about so many rows need, over those of experts of exactly so many: as routing has it an expert's last
+    tile is half empty, and in tables, whose even loads are powers of two, it is full."""
+    tiles = rows / _TILE
+    return np.asarray(np.maximum(tiles + 0.5, 1.0) / np.maximum(tiles, 1.0))
 
 
 def _fastest(curves: list[Curve], tokens: Array, typical: float) -> tuple[Array, Evidence] | None:

@@ -1,7 +1,11 @@
-"""Tables of several EP ranks whose tokens all chose the rank's own experts, as what they are."""
+"""Tables of experts as what they are: of ranks whose tokens all chose their own experts, of loads that fill every tile."""
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+
+from twin.cost.experts import _more_tiles
 from twin.cost.local_experts import with_local
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Source, Table
 
@@ -26,3 +30,13 @@ def test_a_rank_of_several_is_a_rank_alone_with_its_share_of_the_experts() -> No
 def test_tables_that_count_what_a_rank_gets_stay_as_they_are() -> None:
     for other in (profile("trtllm"), profile("vllm", "power_law_1.01")):
         assert next(iter(with_local(ProfileStore((other,))))).tables == other.tables
+
+
+def test_routing_leaves_half_of_each_expert_s_last_tile_empty() -> None:
+    rows = np.array([1.0, 64.0, 128.0, 512.0, 8192.0])
+    more = _more_tiles(rows)
+    assert more[:2].tolist() == [1.0, 1.0]  # one tile either way
+    rng = np.random.default_rng(0)
+    drawn = np.ceil(rng.multinomial(512 * 256, np.full(256, 1 / 256), size=50) * rng.uniform(0.8, 1.2, (50, 256)) / 128).mean()
+    assert more[3] == pytest.approx(drawn / 4, rel=0.03)
+    assert more[2] > more[3] > more[4] == pytest.approx(1.0, rel=0.01)
