@@ -1,6 +1,7 @@
 """Seconds of the engine's operators on a CUDA GPU, on a grid of shapes, as an engine profile (format eptwin-profile-1).
 
     python -m runtime.gpu_operators OUT.json --budget 300
+    python -m runtime.gpu_operators OUT.json --only router --only replica_split
 
 Each point is a CUDA graph of calls on inputs that together exceed the L2 cache, all random; its seconds are the median
 over replays, its spread half the distance of the 10th and 90th percentile. Points are kept in OUT.json as they are
@@ -183,12 +184,13 @@ class Measured:
 
 
 @torch.inference_mode()
-def measure(out: Path, budget_s: float, progress: Callable[[str], None] = print) -> Json:
-    """Measure what `out` does not hold yet, for at most `budget_s` seconds; write and return the profile."""
+def measure(out: Path, budget_s: float, progress: Callable[[str], None] = print, only: Sequence[str] = ()) -> Json:
+    """Measure what `out` does not hold yet, of all operators or `only` some, for at most `budget_s` seconds; write and return
+    the profile."""
     found = Measured(out.with_suffix(".points.json"))
     until = time.monotonic() + budget_s
     peaks = _peaks()
-    for grid in grids():
+    for grid in [grid for grid in grids() if not only or grid.operator in only]:
         began, missed = time.monotonic(), 0
         for key, values in _missing(grid, found):
             if time.monotonic() > until:
@@ -292,10 +294,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="profile to write; points found before are read from beside it")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds")
+    parser.add_argument("--only", action="append", default=[], choices=sorted({grid.operator for grid in grids()}),
+                        metavar="OPERATOR", help="this operator alone; repeatable")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU; `eptwin calibrate` measures a CPU")
-    measure(given.out, given.budget)
+    measure(given.out, given.budget, only=given.only)
 
 
 if __name__ == "__main__":

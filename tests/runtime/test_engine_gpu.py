@@ -79,10 +79,11 @@ def test_two_ranks_decode_in_graphs(shared: object, cut: dict[str, object]) -> N
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
 def test_experts_move_under_captured_graphs(shared: object) -> None:
-    """Graphs that were captured before look at where experts are by then: the answers to a prompt stay nearly the same."""
-    plan = Plan(pools=(PoolPlan(**{**POOL, "eplb": Eplb(window_steps=8, period_steps=8, budget_bytes=1 << 20)}),))
-    engine, tokens = run(plan, 40, backend="triton", dtype="bf16")
-    assert any(cycle["copies"] for cycle in engine.rebalances)
+    """Graphs that were captured before look at where experts are by then: the answers to a prompt stay nearly the same. A step
+    of this model is so short that only many of them win what a migration costs."""
+    plan = Plan(pools=(PoolPlan(**{**POOL, "eplb": Eplb(window_steps=60, period_steps=120, budget_bytes=1 << 20)}),))
+    engine, tokens = run(plan, 240, backend="triton", dtype="bf16")
+    assert any(cycle["copies"] for cycle in engine.rebalances), engine.rebalances
     assert any("graph" in step["parts"] for step in engine.steps)
     firsts = [[one[:2] for one in tokens[i::len(PROMPTS)]] for i in range(len(PROMPTS))]
     agree = sum(max(map(one.count, one)) for one in firsts)
