@@ -41,7 +41,7 @@ def test_kernels_are_counted_as_a_profiler_saw_them() -> None:
     assert launches(load_model("deepseek-r1"), BF16)["gemm"] == 58 + 2 * 61  # and down projections one by one
     qwen = launches(load_model("qwen3-30b-a3b"), BF16)
     assert qwen == {"norm": 97 - 1, "rope": 48, "router": 48, "gate": 48, "gemm": 48}  # a router, or what profiles had before
-    assert launches(load_model("qwen3-30b-a3b"), BF16, 16) == qwen + Counter(replica_split=48)
+    assert launches(load_model("qwen3-30b-a3b"), BF16, 16) == qwen + Counter(replica_split=2 * 48)  # with either router
 
 
 def cost(engine: str, model: ModelSpec, evidence: Evidence | None) -> CostModel:
@@ -59,6 +59,17 @@ def test_only_our_engine_asks_for_them() -> None:
     assert ours.parts_s["attention/kv_write"] == pytest.approx(48 * rotary.estimate(16384).seconds, rel=0.01)
     theirs = cost("vllm", model, evidence).step(batch)
     assert {theirs.sources[key] for key in ("norm", "attention/kv_write", "moe/gate")} == {"roofline"}
+
+
+def test_a_split_over_replicas_takes_its_time_though_no_profile_has_it() -> None:
+    """Two kernels a layer, as a profiler saw them; said to be assumed."""
+    evidence, model, batch = Evidence.load(), load_model("deepseek-r1"), StepBatch.decode([48], [48 * 1500])
+    without, with_them = (
+        CostModel(model, load_cluster("h200-8x8"), Plan(pools=(pool,), precision=FP8, engine="eptwin"), pool, profile=evidence)
+        .step(batch) for pool in (PoolPlan(role="mixed", dp=32, ep=32, redundant_experts=n) for n in (0, 32)))
+    more_s = with_them.parts_s["moe/gate"] - without.parts_s["moe/gate"]
+    assert more_s == pytest.approx(58 * 24.5e-6, rel=0.05)
+    assert with_them.sources["moe/gate"] != without.sources["moe/gate"]
 
 
 def test_quick_and_slow_paths_agree_with_them() -> None:
