@@ -22,14 +22,15 @@ def generation(gpu: GpuSpec) -> Generation:
 
 
 FITS: Mapping[tuple[str, Generation], Mapping[str, float]] = {
-    ("sglang", "blackwell"): {"graph_launch_s": 2.12e-06, "step_host_s": 0.000531, "eager_launch_s": 5.16e-05,
-                              "frontend_s": 0.0212, "prefill_slowdown": 1.37, "experts_scale": 1.28},
-    ("sglang", "hopper"): {"step_host_s": 0.000567, "eager_launch_s": 8.43e-05, "frontend_s": 0.0212,
-                           "prefill_slowdown": 1.21, "attention_scale": 1.1, "experts_scale": 1.05},
+    ("sglang", "blackwell"): {"graph_launch_s": 2.25e-06, "step_host_s": 0.000531, "eager_launch_s": 5.16e-05,
+                              "frontend_s": 0.0212, "prefill_slowdown": 1.45, "attention_scale": 0.953, "experts_scale": 1.28},
+    ("sglang", "hopper"): {"step_host_s": 0.000567, "eager_launch_s": 9.5e-05, "frontend_s": 0.0212,
+                           "prefill_slowdown": 1.13, "attention_scale": 1.16, "experts_scale": 1.05},
     ("vllm", "blackwell"): {"graph_launch_s": 1.88e-06, "eager_launch_s": 7.04e-06, "frontend_s": 0.033,
-                            "prefill_slowdown": 1.21, "attention_scale": 1.05},
+                            "prefill_slowdown": 1.21, "attention_scale": 1.05, "experts_scale": 0.953,
+                            "collectives_scale": 1.06},
     ("vllm", "hopper"): {"graph_launch_s": 1.87e-06, "step_host_s": 0.000779, "prefill_slowdown": 1.06,
-                         "attention_scale": 0.953, "experts_scale": 0.953},
+                         "experts_scale": 0.953, "collectives_scale": 0.942},
     ("trtllm", "blackwell"): {"graph_launch_s": 1.69e-06, "step_host_s": 0.000413, "eager_launch_s": 4e-05,
                               "frontend_s": 0.0176, "prefill_slowdown": 1.06, "products_scale": 0.861, "experts_scale": 1.11},
     ("trtllm", "hopper"): {"graph_launch_s": 1.49e-06, "step_host_s": 0.000531, "eager_launch_s": 7.02e-05,
