@@ -8,10 +8,12 @@ tokens a step. Waiting only makes it worse, so no simulated plan may beat its bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from twin.cost.batch import StepBatch
 from twin.cost.choose import Costs, pool_costs
@@ -22,6 +24,7 @@ from twin.spec.results import Memory
 from twin.spec.scenario import Scenario
 
 T = TypeVar("T")
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,18 @@ class Bounds:
             cost = self.cost_model(plan, pool)
             per_rank = requests_per_s / sum(p.instances * p.dp for p in plan.pools_of("decode", "mixed"))
             most = min(pool.max_num_seqs, int(cost.kv_blocks_per_rank * pool.block_tokens // (self.isl + self.osl)))
-            seqs = most
-            for size in _ladder(most):
-                if size >= per_rank * self.osl * self._mixed_step_s(pool, cost, size) / cost.tokens_per_step:
-                    seqs = size
-                    break
+            sizes = _ladder(most)
+            needed = per_rank * self.osl * self._mixed_steps_s(pool, cost, sizes) / cost.tokens_per_step
+            seqs = next((size for size, least in zip(sizes, needed.tolist(), strict=True) if size >= least), most)
             total += seqs * pool.dp * pool.instances
         return total
 
-    def _mixed_step_s(self, pool: PoolPlan, cost: Costs, seqs: int) -> float:
-        """A step that decodes `seqs` sequences on every rank, in a mixed pool with the prompts that arrive meanwhile."""
-        prompt_tokens = min(seqs * self.isl / self.osl, pool.max_batch_tokens) if pool.role == "mixed" else 0.0
+    def _mixed_steps_s(self, pool: PoolPlan, cost: Costs, sizes: Sequence[int]) -> Array:
+        """Steps that decode `sizes` sequences on every rank, in a mixed pool with the prompts that arrive meanwhile: [n]."""
+        seqs = np.array(sizes, dtype=float)
+        prompt_tokens = np.minimum(seqs * self.isl / self.osl, pool.max_batch_tokens) if pool.role == "mixed" else 0 * seqs
         context = self.isl + self.osl / 2
-        return cost.step_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
+        return cost.steps_s(batch(pool, decode_seqs=seqs, context=context, prefill_tokens=prompt_tokens, prompt=self.isl))
 
     def _pool(self, plan: Plan, pool: PoolPlan) -> PoolBound:
         cost = self.cost_model(plan, pool)
@@ -148,12 +150,9 @@ class Bounds:
     def _prompt_s(self, pool: PoolPlan, cost: Costs) -> float:
         """Seconds to prefill one mean prompt in chunks on an idle instance."""
         chunk = min(pool.chunk_tokens or pool.max_batch_tokens, pool.max_batch_tokens)
-        total, done = 0.0, 0.0
-        while done < self.isl:
-            tokens = min(float(chunk), self.isl - done)
-            total += cost.step_s(batch(pool, prefill_tokens=tokens, prompt=self.isl, past=done, ranks=1))
-            done += tokens
-        return total
+        past = np.arange(0.0, self.isl, chunk)
+        tokens = np.minimum(chunk, self.isl - past)
+        return float(cost.steps_s(batch(pool, prefill_tokens=tokens, prompt=self.isl, past=past, ranks=1)).sum())
 
     def _decode(self, pool: PoolPlan, cost: Costs) -> tuple[float, float, float, str]:
         slo, mixed = self.scenario.workload.slo, pool.role == "mixed"
@@ -171,10 +170,8 @@ class Bounds:
         ttft_s = self._prompt_s(pool, cost) if mixed else 0.0
         best = (0.0, 0.0, ttft_s, "")
         fastest_s = float("inf")
-        for seqs in _ladder(most):
-            if mixed and seqs * self.isl / self.osl > pool.max_batch_tokens:
-                break
-            step_s = self._mixed_step_s(pool, cost, seqs)
+        sizes = [seqs for seqs in _ladder(most) if not mixed or seqs * self.isl / self.osl <= pool.max_batch_tokens]
+        for seqs, step_s in zip(sizes, self._mixed_steps_s(pool, cost, sizes).tolist() if sizes else (), strict=True):
             tpot_s = step_s / cost.tokens_per_step
             fastest_s = min(fastest_s, tpot_s)
             if slo.tpot_s is not None and tpot_s > slo.tpot_s:
@@ -216,25 +213,21 @@ def _or_raise(found: T | Infeasible) -> T:
 def batch(
     pool: PoolPlan,
     *,
-    decode_seqs: float = 0,
+    decode_seqs: Array | float = 0.0,
     context: float = 0.0,
-    prefill_tokens: float = 0.0,
+    prefill_tokens: Array | float = 0.0,
     prompt: float = 0.0,
-    past: float | None = None,
+    past: Array | None = None,
     ranks: int | None = None,
 ) -> StepBatch:
-    """Equal work on `ranks` DP ranks (all of them by default), none on the others."""
+    """Equal work on `ranks` DP ranks (all of them by default), none on the others: one step [d], or [n, d] of arrays [n]."""
     busy = np.zeros(pool.dp)
     busy[: pool.dp if ranks is None else ranks] = 1.0
-    behind = prompt / 2 if past is None else past + prefill_tokens / 2
-    chunks = float(np.ceil(prefill_tokens / prompt)) if prompt and prefill_tokens else 0.0
-    return StepBatch(
-        decode_seqs=busy * decode_seqs,
-        decode_context=busy * decode_seqs * context,
-        prefill_tokens=busy * prefill_tokens,
-        prefill_context=busy * prefill_tokens * behind,
-        prefill_seqs=busy * chunks,
-    )
+    seqs, tokens = np.asarray(decode_seqs, dtype=float), np.asarray(prefill_tokens, dtype=float)
+    behind = prompt / 2 if past is None else past + tokens / 2
+    chunks = np.ceil(tokens / prompt) if prompt else np.zeros_like(tokens)
+    parts = np.broadcast_arrays(seqs, seqs * context, tokens, tokens * behind, chunks)
+    return StepBatch(*(part[..., None] * busy for part in parts))
 
 
 def mean_lengths(scenario: Scenario) -> tuple[float, float]:
