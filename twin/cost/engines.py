@@ -30,10 +30,11 @@ class Engine:
     shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed in
     the all-reduce and no token travels; tbo_compute_slowdown: how much longer kernels take while the other half batch
     communicates (memory and cache are shared); late_s: spread (standard deviation) of when ranks arrive at an exchange, which
-    all wait for the last of; tbo_staggered: halves of a decode step run two stages apart (`overlap.py`); tbo_waits: exchanges
-    wait for all compute issued before; splits_replicas: tokens go to an expert's replicas so that ranks are even batch by batch
-    (`twin.policy.replica_split`), else replicas are used alike; mla_prefill: which rows of a profile describe its latent
-    attention in prefill (the kernel rows of SGLang time the absorbed kernel, which it does not serve prompts with);
+    all wait for the last of; tbo_staggered: halves of a decode step run two stages apart (`overlap.py`); tbo_waits_sms: SMs kept
+    from kernels for exchanges that wait for all compute issued before (0: they do not wait); splits_replicas: tokens go to an
+    expert's replicas so that ranks are even batch by batch (`twin.policy.replica_split`), else replicas are used alike;
+    mla_prefill: which rows of a profile describe its latent attention in prefill (the kernel rows of SGLang time the absorbed
+    kernel, which it does not serve prompts with);
     draft_seq_host_s: more host seconds per running sequence of a step that verifies drafts, where the engine's scheduler does
     not run ahead of the GPU then; frontend_s: what a request spends outside any step until its first token leaves (HTTP,
     tokenizer, queues); prefill_slowdown, decode_slowdown: device time of a step with prompts, or of decodes alone, over the
@@ -73,7 +74,7 @@ class Engine:
     experts_scale: float = 1.0
     collectives_scale: float = 1.0
     tbo_staggered: bool = False
-    tbo_waits: bool = False
+    tbo_waits_sms: int = 0
     few_rows: tuple[tuple[int, float], ...] = ()
     sum_spread: float = 0.0
     splits_replicas: bool = False
@@ -140,9 +141,9 @@ def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
 
 
 # How ranks of DeepEP pools wait for one another. Prompts make them late: barriers of even loads take 12 to 13% of a layer in
-# prefill, 2.1 ms of 12.6 at the dispatch without overlap (LMSYS, 2025-05). In decode exchanges take what their bytes say, on 72
-# H100 as on 128 H800, where all of them crossed RDMA.
-WIDE_LATE_PROMPTS = 0.05
+# prefill, 2.1 ms of 12.6 at the dispatch without overlap (LMSYS, 2025-05; the median of nine barriers). In decode exchanges take
+# what their bytes say, on 72 H100 as on 128 H800, where all of them crossed RDMA.
+WIDE_LATE_PROMPTS = 0.06
 # Kernels beside another half batch's exchanges, their missing SMs apart: a layer's take 1.22 to 1.36 times as long there in
 # prefill, where 108 of 132 SMs alone would be 1.22 (the same layer times).
 _WIDE_TBO_SLOWDOWN = 1.10

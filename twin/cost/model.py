@@ -107,19 +107,19 @@ class CostModel:
         """The stack while communication kernels hold their SMs (two-batch overlap)."""
         if self._slows is not None:
             return build_stack(self.site, self._shared, self.model, slows=self._slows)
-        taken = self.site.protocol.comm_sms / self.site.gpu.sm_count
+        taken = (self.site.engine.tbo_waits_sms or self.site.protocol.comm_sms) / self.site.gpu.sm_count
         return build_stack(self.site, self._shared, self.model, compute_share=max(0.1, 1.0 - taken)) if taken else self._stack
 
     @property
     def _slows(self) -> Slows | None:
         """What kernels take beside exchanges, by family, where it was measured."""
-        return None if self.site.engine.tbo_waits else self.site.protocol.slows
+        return None if self.site.engine.tbo_waits_sms else self.site.protocol.slows
 
     @property
     def _slower(self) -> float:
         """How many times as long kernels take beside exchanges than `_stack_beside_comm` says."""
         engine = self.site.engine
-        return self._slows.others if self._slows else 1.0 if engine.tbo_waits else engine.tbo_compute_slowdown
+        return self._slows.others if self._slows else 1.0 if engine.tbo_waits_sms else engine.tbo_compute_slowdown
 
     @cached_property
     def holds_mtp(self) -> bool:
@@ -276,7 +276,7 @@ class CostModel:
     def _overlapped_s(self, half: Half, x: Array) -> Array:
         """Seconds of steps [n] whose halves run side by side, in the engine's order of stages."""
         engine, protocol = self.site.engine, self.site.protocol
-        with_prompts = overlapped_s(half, protocol, self._slower, "waiting" if engine.tbo_waits else "alternating")
+        with_prompts = overlapped_s(half, protocol, self._slower, "waiting" if engine.tbo_waits_sms else "alternating")
         if not engine.tbo_staggered:
             return with_prompts
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)

@@ -50,6 +50,7 @@ _TRACED_SEQS = 128.0  # in DeepSeek's decode trace, a GPU
 # Published batches are 0.75 to 1.2 times what memory holds by this rule (256 on 72 H100, 480 on 96 H200 for Kimi K2, 768 and 1408
 # on 48 GB200, 256 under vLLM on 32 H200), 1.8 times on 16 H20.
 _MOST_SEQS = 1024
+_VLLM_SMS = 20  # that vLLM keeps for exchanges under overlap (VLLM_DBO_COMM_SMS)
 _TRACED_GPUS, _LENT_WIDTH = ("h100", "h200", "h800"), 1.15  # wide pools of SGLang on others, and other engines', are less known
 _SECOND_KERNELS = "2025-07"  # deployments reported before, weeks after they ran, had low-latency kernels of before 23 May 2025
 _TOLD_EP = 16  # ranks from which on nobody leaves vLLM its default all-to-all
@@ -197,9 +198,9 @@ def asked(record: Record, *, even: bool = False, tbo: bool | None = None) -> Ask
 
 def _engine_then(record: Record, name: str, pool: PoolPlan, cluster: ClusterSpec) -> Engine | None:
     """The engine where it was another at a record's date: DeepEP's normal mode under vLLM waited for the other half batch's
-    compute until March 2026 (vllm-project/vllm #38451). None: as it is."""
+    compute until March 2026 (vllm-project/vllm #38451), with SMs kept for it all the while. None: as it is."""
     waits = name == "vllm" and pool.tbo and pool.comm == "deepep_normal" and before(record, "2026-04")
-    return replace(wide_engine_of(name, cluster.groups[0].gpu), tbo_waits=True) if waits else None
+    return replace(wide_engine_of(name, cluster.groups[0].gpu), tbo_waits_sms=_VLLM_SMS) if waits else None
 
 
 def _of_deepseek(text: str) -> bool:
