@@ -98,7 +98,8 @@ def groups_of(s: Slice, pool: PoolPlan) -> list[Group]:
         experts, layers = float(model.moe.experts), model.moe_layers
         chosen = {"experts": experts, "top_k": float(model.moe.top_k)}
         shape = {**chosen, "slots": experts + pool.redundant_experts, "ranks": float(pool.ep)}
-        split = (Kernel("moe/gate", "replica_split", shape, layers, assumed_s=_REPLICA_SPLIT_S),) if pool.redundant_experts else ()
+        redundant = Kernel("moe/gate", "replica_split", shape, layers, assumed_s=_REPLICA_SPLIT_S)
+        split = (redundant,) if pool.redundant_experts else ()
         for router in ((Kernel("moe/gate", "router", {**chosen, "hidden": h}, layers),),
                        # what profiles had before: a dense product, and the top-k of its scores
                        (Kernel("moe/gate", "gemm", {"k": h, "n": experts}, layers), Kernel("moe/gate", "gate", chosen, layers))):
