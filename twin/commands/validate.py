@@ -10,18 +10,36 @@ from twin.commands.against import against
 from twin.commands.shared import json_option, render_report, say
 from twin.commands.step import step
 from twin.spec.errors import OutOfBand, SpecError
+from twin.spec.options import a_number
 from twin.spec.results import RunResult
 from twin.spec.rundir import dump_json, read_run, read_spec, write_run
 from twin.validate.compare import compare, format_comparison
 
 
-@click.group(invoke_without_command=False)
+class AgainstAsOption(click.Group):
+    """`--against FILE` before any command means the command `against`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-"):
+            for i, arg in enumerate(args):
+                if arg in self.commands:
+                    break
+                name, joined, file = arg.partition("=")
+                if name == "--against":
+                    named = [file] if joined else args[i + 1:i + 2]
+                    args = ["against", *named, *args[:i], *args[i + (1 if joined else 2):]]
+                    break
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=AgainstAsOption)
 def validate() -> None:
     """Compare predictions with measurements.
 
     `eptwin validate run RUN_DIR` compares `predicted/` with `measured/` in a run directory (as `eptwin run --out` writes
-    them); `eptwin validate pair PREDICTED MEASURED` compares any two results; `eptwin validate against FILE`
-    predicts public measurements; `eptwin validate step` predicts one rank's step, and runs it where the GPU is.
+    them); `eptwin validate pair PREDICTED MEASURED` compares any two results; `eptwin validate against FILE` (or
+    `--against FILE`) predicts public measurements; `eptwin validate step` predicts one rank's step, and runs it where
+    the GPU is.
     """
 
 
@@ -30,7 +48,8 @@ validate.add_command(step)
 
 
 band_option = click.option(
-    "--band", type=click.FloatRange(0, 10), help="Exit 1 when any metric's error is larger than this, e.g. 0.15."
+    "--band", type=click.FloatRange(0, 10), callback=a_number,
+    help="Exit 1 when any metric's error is larger than this, e.g. 0.15."
 )
 
 
@@ -60,7 +79,7 @@ def pair(predicted: Path, measured: Path, band: float | None, as_json: bool) -> 
     for path in (predicted, measured):
         result = read_run(path).result if path.is_dir() else read_spec(RunResult, path)
         if result is None:
-            raise SpecError("holds no results.json", file=path)
+            raise SpecError("holds no results.json" if path.is_dir() else "no such file", file=path)
         results.append(result)
     _show(results[0], results[1], band, as_json, None)
 

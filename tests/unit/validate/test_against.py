@@ -82,3 +82,12 @@ def test_files_that_hold_no_records_are_refused(tmp_path: Path, text: str) -> No
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SpecError):
         judge_records(path)
+
+
+@pytest.mark.parametrize("words", [["--against", "{}"], ["--json", "--against={}"], ["--against", "{}", "--json"]], ids=" ".join)
+def test_against_is_an_option_too(tmp_path: Path, words: list[str]) -> None:
+    """`eptwin validate --against FILE` is `eptwin validate against FILE`, whatever stands around it."""
+    table = tmp_path / "none.csv"
+    said = CliRunner().invoke(cli, ["validate", *(word.format(table) for word in words)])
+    assert "none.csv" in str(said.exception or said.output)
+    assert "No such option" not in said.output
