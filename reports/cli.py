@@ -9,14 +9,17 @@ import click
 from reports.csv import candidates_csv, comparison_csv, requests_csv
 from reports.render import render
 from twin.spec.errors import SpecError
+from twin.spec.options import out_file, out_folder
 from twin.spec.rundir import read_run, write_text
 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write the page here instead of RUN_DIR/report.html.")
+@click.option("--out", type=click.Path(path_type=Path), callback=out_file,
+              help="Write the page here instead of RUN_DIR/report.html.")
 @click.option("--title", help="Title of the page.")
-@click.option("--csv", "csv_dir", type=click.Path(path_type=Path), help="Also write its tables as CSV in this folder.")
+@click.option("--csv", "csv_dir", type=click.Path(path_type=Path), callback=out_folder,
+              help="Also write its tables as CSV in this folder.")
 def report(run_dir: Path, out: Path | None, title: str | None, csv_dir: Path | None) -> None:
     """Render RUN_DIR as one self-contained HTML page, and print its path. Needs no network to make or to read."""
     click.echo(render(run_dir, title=title, out=out))

@@ -18,6 +18,7 @@ from twin.spec.check import check_plan
 from twin.spec.errors import EptwinError, SpecError
 from twin.spec.load import load_model, load_plan, load_scenario, load_workload
 from twin.spec.model import ModelSpec
+from twin.spec.options import a_number, out_folder
 from twin.spec.plan import Plan
 from twin.spec.rundir import dump_json, write_run
 from twin.spec.units import format_s
@@ -29,7 +30,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     folder = click.Path(path_type=Path)
     for option in (
         click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=3.0, show_default=True,
-                     help="Seconds without a sign of life after which a rank counts as lost."),
+                     callback=a_number, help="Seconds without a sign of life after which a rank counts as lost."),
         click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Arithmetic; default: fp32 on cpu, bf16 on cuda."),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
                      help="Where ranks compute."),
@@ -71,7 +72,7 @@ def make_options(checkpoint: Path | None, device: str, dtype: str | None, timeou
 @click.option("--served-model-name", help="Name in /v1/models; default: the model's.")
 @click.option("--recover/--no-recover", default=True, show_default=True, help="Go on without ranks that are lost, or end.")
 @click.option("--stall-timeout", "stall_timeout_s", type=click.FloatRange(0.1, 3600), default=30.0, show_default=True,
-              help="Seconds without progress after which a rank that is alive counts as lost.")
+              callback=a_number, help="Seconds without progress after which a rank that is alive counts as lost.")
 def serve(
     plan: str,
     model_name: str | None,
@@ -139,7 +140,7 @@ def plan_and_model(source: str, model_name: str | None) -> tuple[Plan, ModelSpec
     "--workload", "workload_file", type=click.Path(path_type=Path), help="A workload YAML, or a scenario (its workload)."
 )
 @click.option("--concurrency", type=click.IntRange(1, 10_000), help="Closed loop with this many users.")
-@click.option("--rate", type=click.FloatRange(0.001, 100_000), help="Poisson arrivals, requests per second.")
+@click.option("--rate", type=click.FloatRange(0.001, 100_000), callback=a_number, help="Poisson arrivals, requests per second.")
 @click.option(
     "--requests", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Requests without a workload file."
 )
@@ -157,7 +158,7 @@ def plan_and_model(source: str, model_name: str | None) -> tuple[Plan, ModelSpec
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of arrivals, lengths and prompts."
 )
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not this machine. Only load what is yours.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write results.json and requests.jsonl here.")
+@click.option("--out", type=click.Path(path_type=Path), callback=out_folder, help="Write results.json and requests.jsonl here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the Measurement as one JSON document.")
 def bench(
     url: str,

@@ -95,6 +95,17 @@ class Rank:
         return sum(cache.numel() * cache.element_size() for cache in self.kv)
 
 
+def _device(options: EngineOptions, rank: int) -> torch.device:
+    """Where a rank computes; ranks share GPUs where there are fewer."""
+    if options.device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not count:
+        raise SpecError("this machine has no CUDA device that torch can use", field="device", expected="an NVIDIA GPU",
+                        hint="--device cpu runs on any machine")
+    return torch.device("cuda", rank % count)
+
+
 def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, mark: Mark, kept: Kept | None = None) -> Rank:
     """Set a rank up. In a world of more than one, every rank must call this with torch.distributed initialised.
 
@@ -105,7 +116,7 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     everyone = layouts(plan, model)
     at = everyone[rank]
     pool = plan.pools[at.pool]
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if options.device == "cuda" else torch.device("cpu")
+    device = _device(options, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # chosen by index, not by hiding the others: peers address one another's memory
     groups = _groups(everyone, at, options, moves=any(one.eplb is not None for one in plan.pools))

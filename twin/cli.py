@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from twin.spec.errors import EptwinError
+from twin.spec.errors import EptwinError, SpecError
 
 COMMANDS = {
     "plan": "twin.commands.plan:plan",
@@ -122,7 +122,10 @@ def _code(arguments: list[str] | None) -> int:
         # The reader left (`| head`): end quietly, and keep the interpreter from flushing into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a place of the user's: a full disk, a name too long
+            click.echo(f"error: {str(error.filename)[:300]}: {error.strerror}", err=True)
+            return SpecError.exit_code
         traceback.print_exc()
         click.echo("this is a bug in eptwin; please report it with the lines above", err=True)
         return 70

@@ -14,6 +14,7 @@ from twin.commands.shared import Progress, pool, render_report, say
 from twin.plan.search import search
 from twin.plan.space import enumerate_plans
 from twin.spec.load import load_scenario
+from twin.spec.options import a_number, out_folder
 from twin.spec.plan import Plan
 from twin.spec.results import SearchResult
 from twin.spec.rundir import write_run, write_text
@@ -23,7 +24,8 @@ from twin.validate.compare import compare, format_comparison
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("run/demo"), show_default=True, help="Run directory to write."
+    "--out", type=click.Path(path_type=Path), callback=out_folder, default=Path("run/demo"), show_default=True,
+    help="Run directory to write.",
 )
 @click.option("--scenario", default="r1_chat", show_default=True, help="The question to plan.")
 @click.option("--here", default="tiny_cpu", show_default=True, help="The question to calibrate, plan and run on this machine.")
@@ -31,6 +33,7 @@ from twin.validate.compare import compare, format_comparison
     "--budget",
     "budget_s",
     type=click.FloatRange(5, 600),
+    callback=a_number,
     default=12.0,
     show_default=True,
     help="Seconds of calibration for each plan shape.",

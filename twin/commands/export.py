@@ -12,6 +12,7 @@ from twin.plan.export import export as write_export
 from twin.spec.check import check_plan
 from twin.spec.errors import SpecError
 from twin.spec.load import load_cluster, load_model, load_plan, load_scenario
+from twin.spec.options import out_file
 from twin.spec.rundir import write_text
 
 
@@ -22,7 +23,7 @@ from twin.spec.rundir import write_text
 @click.option("--cluster", help="Cluster preset or file; default: that of scenario.yaml beside the plan.")
 @click.option("--image", default="IMAGE", show_default=True, help="Container image of Kubernetes and PAI-EAS exports.")
 @click.option("--instance-type", default="", help="Instance type of a PAI-EAS export, e.g. ml.gu8tea.8.48xlarge.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of stdout.")
+@click.option("--out", type=click.Path(path_type=Path), callback=out_file, help="Write to this file instead of stdout.")
 def export(
     plan: Path, kind: str, model: str | None, cluster: str | None, image: str, instance_type: str, out: Path | None
 ) -> None:

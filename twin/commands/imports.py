@@ -13,11 +13,12 @@ from twin.cost.silicon import ENGINES, SYSTEMS, default_root, import_silicon
 from twin.policy.traces import read_trace
 from twin.spec.errors import SpecError
 from twin.spec.load import load_cluster, load_model
+from twin.spec.options import out_file
 from twin.spec.rundir import dump_yaml, write_text
 from twin.spec.topo import read_topo
 from twin.spec.units import format_bytes
 
-out = click.option("--out", type=click.Path(path_type=Path), help="Write the result here.")
+out = click.option("--out", type=click.Path(path_type=Path), callback=out_file, help="Write the result here.")
 
 
 @click.group(name="import")
@@ -94,7 +95,7 @@ def trace(source: Path, kind: str, max_rows: int, out: Path | None) -> None:
 @click.option("--engine", type=click.Choice(ENGINES), required=True, help="Engine in the tables.")
 @click.option("--version", default="newest", show_default=True, help="Engine version in the tables.")
 @click.option("--root", type=click.Path(path_type=Path), help="The wheel's systems folder; default: the installed package.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Profile file to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, callback=out_file, help="Profile file to write.")
 def silicon(system: str, engine: str, version: str, root: Path | None, out: Path) -> None:
     """Make an engine profile of the measured operator tables in aiconfigurator-core (pip install 'eptwin[silicon]')."""
     profiles = import_silicon(root or default_root(), [system], [engine], None if version == "newest" else version)

@@ -17,6 +17,7 @@ from twin.sim import simulate
 from twin.spec.check import check_plan
 from twin.spec.errors import SpecError
 from twin.spec.load import load_plan, load_scenario
+from twin.spec.options import a_number, out_file, out_folder
 from twin.spec.plan import Plan
 from twin.spec.results import RunResult
 from twin.spec.rundir import dump_json, write_run, write_text
@@ -39,6 +40,7 @@ timeout_option = click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.1, 3600),
+    callback=a_number,
     default=3.0,
     show_default=True,
     help="Seconds without a sign of life after which a rank counts as lost.",
@@ -54,7 +56,8 @@ timeout_option = click.option(
 @checkpoint_option
 @timeout_option
 @click.option("--recover", is_flag=True, help="Go on without ranks that are lost; otherwise the first ends the run.")
-@click.option("--record-routing", type=click.Path(path_type=Path), help="Write expert loads here: .csv, or .json with pairs.")
+@click.option("--record-routing", type=click.Path(path_type=Path), callback=out_file,
+              help="Write expert loads here: .csv, or .json with pairs.")
 @click.option("--profile", help="Profile to predict with (of `eptwin calibrate`); default: the scenario's.")
 @out_option
 @json_option
@@ -144,9 +147,11 @@ def engine_options(
 @device_option
 @dtype_option
 @click.option(
-    "--budget", "budget_s", type=click.FloatRange(5, 3600), default=45.0, show_default=True, help="Seconds to spend, about."
+    "--budget", "budget_s", type=click.FloatRange(5, 3600), callback=a_number, default=45.0, show_default=True,
+    help="Seconds to spend, about.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for steps.json and profile.json.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, callback=out_folder,
+              help="Folder for steps.json and profile.json.")
 def calibrate(
     scenario: str, plan_file: Path | None, overrides: tuple[str, ...], device: str, dtype: str | None, budget_s: float, out: Path
 ) -> None:

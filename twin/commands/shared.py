@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from twin.spec.options import out_folder
+
 overrides = click.option(
     "--set",
     "overrides",
@@ -22,7 +24,8 @@ overrides = click.option(
     metavar="PATH=VALUE",
     help="Change one field of the scenario, e.g. workload.arrivals.rate_per_s=30. Repeatable.",
 )
-out_option = click.option("--out", type=click.Path(path_type=Path), help="Write a run directory here (with report.html).")
+out_option = click.option("--out", type=click.Path(path_type=Path), callback=out_folder,
+                          help="Write a run directory here (with report.html).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 workers_option = click.option(
     "--workers",

@@ -18,6 +18,7 @@ from twin.sim import simulate
 from twin.spec.check import check_plan
 from twin.spec.errors import EptwinError, OutOfBand, SpecError
 from twin.spec.load import load_plan, load_scenario
+from twin.spec.options import a_number
 from twin.spec.plan import Plan
 from twin.spec.results import Comparison, RunResult
 from twin.spec.scenario import Scenario
@@ -39,9 +40,11 @@ _LEAST, _MOST = 400, 4000
     "--plan", "plan_file", type=click.Path(path_type=Path), help="The plan it serves; default: the plan that the scenario states."
 )
 @overrides
-@click.option("--every", "every_s", type=click.FloatRange(0.1, 86_400), default=30.0, show_default=True, help="Seconds a window.")
+@click.option("--every", "every_s", type=click.FloatRange(0.1, 86_400), callback=a_number, default=30.0,
+              show_default=True, help="Seconds a window.")
 @click.option("--windows", type=click.IntRange(0), default=0, help="Windows to watch; 0 (the default): until Ctrl-C.")
-@click.option("--band", type=click.FloatRange(0, 10), help="Exit 1 when the last window has an error larger than this.")
+@click.option("--band", type=click.FloatRange(0, 10), callback=a_number,
+              help="Exit 1 when the last window has an error larger than this.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not this machine.")
 @json_option
 def watch(

@@ -8,6 +8,7 @@ from twin.cost.interpolate import Interpolator
 from twin.cost.local_experts import with_local
 from twin.cost.profile import GpuPeaks, ProfileStore, gpu_key, load_profile, load_store
 from twin.spec.cluster import GpuSpec, NetworkSpec
+from twin.spec.errors import SpecError
 from twin.spec.plan import Plan
 
 
@@ -27,6 +28,8 @@ class Evidence:
             return cls(shipped)
         path = Path(profile)
         own = tuple(load_store(path)) if path.is_dir() else (load_profile(path),)
+        if not own:
+            raise SpecError("holds no profile", file=path, expected="files named GPU-ENGINE.json")
         return cls(ProfileStore((*own, *shipped)))
 
     def interpolator(self, gpu: GpuSpec, network: NetworkSpec, plan: Plan) -> Interpolator | None:

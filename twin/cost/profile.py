@@ -27,6 +27,7 @@ from twin.cost.work import NO_WINDOW, OPERATORS, Attrs, Values, work_of
 from twin.spec.base import Spec
 from twin.spec.cluster import GpuSpec, NetworkSpec
 from twin.spec.errors import Problem, SpecError
+from twin.spec.rundir import write_text
 
 MAX_FILE_BYTES = 64 << 20
 Array = npt.NDArray[np.float64]
@@ -227,9 +228,7 @@ def dump_profile(profile: Profile, path: Path) -> None:
     tables = sorted(profile.tables, key=lambda t: (t.operator, sorted(t.attrs.items())))
     lines = ",\n".join(_table_json(table) for table in tables)
     text = json.dumps(head, sort_keys=True, indent=1)[:-2] + f',\n "tables": [\n{lines}\n]}}\n'
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, text)
 
 
 def _table_json(table: Table) -> str:

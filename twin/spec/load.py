@@ -25,6 +25,7 @@ from twin.spec.workload import WorkloadSpec
 
 S = TypeVar("S", bound=Spec)
 _COUNTED = re.compile(r"(.+)-(\d{1,4})x(\d{1,4})$")
+_FILES = ("routing.file", "workload.arrivals.file", "model", "cluster")  # fields that may name a file
 _SPEC_SUFFIXES = (".json", ".yaml", ".yml")
 _PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 
@@ -114,9 +115,11 @@ def validate(cls: type[S], data: Any, document: Document, at: tuple[str | int, .
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise SpecError(
-            [_problem(cls, item, document, at) for item in error.errors(include_url=False)], file=document.file or None
-        ) from error
+        found = error.errors(include_url=False)
+        # A list whose entries are wrong counts as empty to pydantic: the entries' own problems say what is the matter.
+        inside = {tuple(item["loc"][:end]) for item in found for end in range(len(item["loc"]))}
+        found = [item for item in found if item["type"] != "too_short" or tuple(item["loc"]) not in inside]
+        raise SpecError([_problem(cls, item, document, at) for item in found], file=document.file or None) from error
     except RecursionError as error:
         raise SpecError("is nested too deep", file=document.file or None) from error
 
@@ -125,7 +128,8 @@ def _problem(cls: type[BaseModel], item: Any, document: Document, at: tuple[str 
     loc = (*at, *item["loc"])
     kind, message = item["type"], item["msg"].removeprefix("Value error, ")
     field = ".".join(str(part) for part in loc)[:200]
-    line = document.line_of(loc)
+    override = document.override_of(loc)
+    line = None if override else document.line_of(loc)
     if kind == "extra_forbidden":
         known = list(_fields_at(cls, item["loc"][:-1]))
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
@@ -137,7 +141,7 @@ def _problem(cls: type[BaseModel], item: Any, document: Document, at: tuple[str 
     if isinstance(got, (str, int, float, bool)) and kind != "value_error":
         shown = repr(got)
         message += f", got {shown[:60]}{'…' if len(shown) > 60 else ''}"
-    return Problem(message, field=field, line=line)
+    return Problem(message, field=field, line=line, hint=f"it comes from --set {override[:120]}" if override else "")
 
 
 def _fields_at(cls: Any, loc: Sequence[str | int]) -> Sequence[str]:
@@ -200,8 +204,9 @@ def _document(source: str | Path, package: str, what: str) -> Document:
 def _resolve(value: str, kind: str, document: Document, field: str, names: Callable[[], list[str]]) -> SpecError:
     close = difflib.get_close_matches(value, names(), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(names())}; or a path"
+    line = None if document.override_of((field,)) else document.line_of((field,))
     return SpecError(
-        Problem(f"no {kind} preset or file {value[:80]!r}", field=field, line=document.line_of((field,)), hint=hint),
+        Problem(f"no {kind} preset or file {value[:80]!r}", field=field, line=line, hint=hint),
         file=document.file or None,
     )
 
@@ -314,9 +319,23 @@ def _apply(document: Document, overrides: Sequence[str]) -> Any:
         name, separator, text = override.partition("=")
         if not separator or not name:
             raise SpecError(f"cannot read override {override[:80]!r}", expected="path.to.field=value")
-        value = parse_yaml(text, "--set").data
+        value = _from_here(name, parse_yaml(text, "--set").data)
         data = _set(data, name.split("."), value, override)
+        document.changed[tuple(name.split("."))] = override
     return data
+
+
+def _from_here(name: str, value: Any) -> Any:
+    """An override's value; files that it names are looked for from the current folder, where a command line is written."""
+    if name in ("routing", "workload.arrivals") and isinstance(value, dict) and "file" in value:
+        return {**value, "file": _from_here(f"{name}.file", value["file"])}
+    if name not in _FILES or not isinstance(value, str) or not value or "\x00" in value:
+        return value
+    plain = name in ("model", "cluster") and _PRESET_NAME.match(value) and Path(value).suffix not in _SPEC_SUFFIXES
+    try:
+        return value if plain or not Path(value).exists() else str(Path(value).resolve())
+    except OSError:  # a name too long: said later, with its field
+        return value
 
 
 def _set(data: Any, path: list[str], value: Any, override: str) -> Any:

@@ -42,10 +42,16 @@ _NOT_FINITE = re.compile(r"([-+]?\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$")
 
 
 class Document:
-    """Parsed data and where each path of it stood."""
+    """Parsed data and where each path of it stood. `changed`: paths that overrides set, and their text."""
 
     def __init__(self, data: Any, lines: dict[Path_, int], file: str) -> None:
         self.data, self.lines, self.file = data, lines, file
+        self.changed: dict[tuple[str, ...], str] = {}
+
+    def override_of(self, path: Path_) -> str:
+        """The override that set this path, or ''."""
+        named = tuple(str(part) for part in path)
+        return next((text for at, text in self.changed.items() if at == named[: len(at)]), "")
 
     def line_of(self, path: Path_) -> int | None:
         """Line of the nearest enclosing path that has one, from 1."""
@@ -97,7 +103,8 @@ def parse_yaml(text: str, file: str) -> Document:
         message = str(getattr(error, "problem", None) or error).splitlines()[0][:200]
         raise SpecError(Problem(f"not valid YAML: {message}", line=mark.line + 1 if mark else None), file=file) from error
     except (RecursionError, ValueError) as error:
-        raise SpecError(f"not valid YAML: {type(error).__name__}", file=file) from error
+        reason = "is nested too deep" if isinstance(error, RecursionError) else f"not valid YAML: {type(error).__name__}"
+        raise SpecError(reason, file=file) from error
     return Document(builder.root, builder.lines, file)
 
 
@@ -226,7 +233,8 @@ def _json(text: str, file: Path) -> Any:
     except json.JSONDecodeError as error:
         raise SpecError(Problem(f"not valid JSON: {error.msg}", line=error.lineno), file=file) from error
     except (RecursionError, ValueError) as error:
-        raise SpecError(f"not valid JSON: {type(error).__name__}", file=file) from error
+        reason = "is nested too deep" if isinstance(error, RecursionError) else f"not valid JSON: {type(error).__name__}"
+        raise SpecError(reason, file=file) from error
     return _bounded(data, file)
 
 

@@ -139,6 +139,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SpecError("not UTF-8 text", file=path) from error
+    except OSError as error:
+        raise SpecError(f"cannot read: {error.strerror}", file=path) from error
 
 
 def dump_json(spec: Spec) -> str:
@@ -158,17 +160,48 @@ def dump_yaml(spec: Spec) -> str:
     return out.getvalue()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a temporary neighbour, flushed, then renamed over `path`."""
+def check_out(path: Path | None, *, folder: bool = True) -> Path | None:
+    """`path`, where a folder (or a file) can be written; raises SpecError where it cannot. Commands ask before they work:
+    nobody waits for an answer that then has no place."""
+    if path is None:
+        return None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        if path.exists() and path.is_dir() != folder:
+            raise SpecError("cannot write: it is a file" if folder else "cannot write: it is a directory", file=path)
+        place = path if folder else path.parent
+        while not place.exists():
+            if not folder or place == place.parent:
+                raise SpecError("cannot write: No such file or directory", file=path)
+            place = place.parent
+        if not place.is_dir():
+            raise SpecError(f"cannot write: {place} is not a directory", file=path)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise SpecError("cannot write: Permission denied", file=path)
+    except OSError as error:
+        raise SpecError(f"cannot write: {error.strerror}", file=path) from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a temporary neighbour, flushed, then renamed over `path`. What is no regular file (a device, a
+    pipe) is written into, never replaced; so is what a link names."""
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            with target.open("w", encoding="utf-8") as file:
+                file.write(text)
+            return
+    except (OSError, RuntimeError) as error:
+        raise SpecError(f"cannot write: {getattr(error, 'strerror', None) or error}", file=path) from error
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
         raise SpecError(f"cannot write: {error.strerror}", file=path) from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        Path(temporary).replace(target)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):

@@ -78,9 +78,9 @@ class Arrivals(Spec):
 class Slo(Spec):
     """Objectives: the `percentile` of TTFT and TPOT (and E2E) must not exceed these. None: no objective."""
 
-    ttft_s: Seconds | None = None
-    tpot_s: Seconds | None = None
-    e2e_s: Seconds | None = None
+    ttft_s: Annotated[Seconds, Field(gt=0)] | None = None
+    tpot_s: Annotated[Seconds, Field(gt=0)] | None = None
+    e2e_s: Annotated[Seconds, Field(gt=0)] | None = None
     percentile: Annotated[float, Field(gt=0, le=100)] = 95.0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from twin.spec.errors import EptwinError, SpecError
+from twin.spec.errors import EptwinError, Problem, SpecError
 from twin.spec.parse import read_text
 from twin.validate.record_kinds import ANSWERS, kind_of
 from twin.validate.record_words import Found
@@ -71,12 +71,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     text = read_text(path, max_bytes=MAX_FILE_BYTES)
     try:
         data = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise SpecError(f"not YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}", file=path) from error
+    except RecursionError as error:
+        raise SpecError("is nested too deep", file=path) from error
+    except (YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        message = str(getattr(error, "problem", None) or error).splitlines()[0][:200]
+        raise SpecError(Problem(f"not valid YAML: {message}", line=mark.line + 1 if mark else None), file=path) from error
     if isinstance(data, Mapping) and isinstance(data.get("records"), list):
         data = data["records"]
     if not isinstance(data, list) or not data:
-        raise SpecError("holds no list of records", file=path, expected="- id: …\n  metric: …\n  value: …")
+        raise SpecError("holds no list of records", file=path, expected="- {id: …, metric: …, value: …}")
     if len(data) > MAX_RECORDS:
         raise SpecError(f"more than {MAX_RECORDS} records", file=path)
     for number, record in enumerate(data):

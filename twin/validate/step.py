@@ -132,6 +132,8 @@ def too_large(case: Case) -> str | None:
 def _cost(case: Case, evidence: Evidence | None) -> CostModel:
     if case.model.moe is None and case.ep > 1:
         raise SpecError(f"{case.model.name} has no experts", field="ep", expected="1")
+    if case.model.attention.heads % case.tp:
+        raise SpecError(f"{case.model.attention.heads} heads do not divide over TP {case.tp}", field="tp")
     pool = PoolPlan(role="mixed", dp=case.ranks, tp=case.tp, ep=case.ep, redundant_experts=case.redundant,
                     max_num_seqs=case.batch, max_batch_tokens=case.batch * (case.context if case.phase == "prefill" else 1))
     precision = Precision(weights=case.precision, experts=case.precision, kv="bf16", dispatch="bf16")
