@@ -71,10 +71,7 @@ def plan(
 def write(out: Path, question: Scenario, found: SearchResult) -> None:
     """The run directory of a search: its winner simulated in full beside it."""
     assert found.best is not None
-    bounds = Bounds(question)
-    open_loop = question.workload.arrivals.kind in ("poisson", "deterministic")
-    in_flight = bounds.in_flight(found.best.plan, offered_load(question.workload)) if open_loop else 0
-    answer = simulate(question, found.best.plan, in_flight=in_flight)
+    answer = simulate(question, found.best.plan, in_flight=Bounds(question).at_start(found.best.plan))
     write_run(
         out,
         scenario=question,

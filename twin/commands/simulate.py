@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from twin.commands.shared import json_option, out_option, overrides, render_report, say, table
+from twin.plan.bounds import Bounds
 from twin.plan.evaluate import missed
 from twin.sim import simulate as run_simulation
 from twin.spec.check import check_plan
@@ -29,13 +30,16 @@ from twin.spec.units import format_bytes, format_s
 def simulate(
     scenario: str, plan_file: Path | None, overrides: tuple[str, ...], out: Path | None, as_json: bool, check_slo: bool
 ) -> None:
-    """Predict what one plan does under SCENARIO's traffic: latencies, throughput, utilisation, cost."""
+    """Predict what one plan does under SCENARIO's traffic: latencies, throughput, utilisation, cost.
+
+    Poisson and deterministic arrivals meet a service that has been up for a while, as in `eptwin plan`; others an empty one.
+    """
     question = load_scenario(scenario, overrides)
     plan = load_plan(plan_file, question.model) if plan_file else question.plan
     if plan is None:
         raise SpecError("this scenario states no plan", field="plan", hint="give --plan, or let `eptwin plan` find one")
     check_plan(plan, question.model, question.cluster, file=str(plan_file) if plan_file else None)
-    answer = run_simulation(question, plan)
+    answer = run_simulation(question, plan, in_flight=Bounds(question).at_start(plan))
     click.echo(dump_json(answer.result) if as_json else text(answer.result), nl=not as_json)
     if out is not None:
         write_run(out, scenario=question, plan=plan, result=answer.result, requests=answer.requests, trace=answer.trace)

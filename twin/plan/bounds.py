@@ -121,6 +121,13 @@ class Bounds:
             total += seqs * pool.dp * pool.instances
         return total
 
+    def at_start(self, plan: Plan) -> int:
+        """Sequences that decode when a simulation of the whole scenario begins: an open loop's steady state, which a service
+        that is empty would need many requests to reach (until then it looks as if they piled up); others begin empty."""
+        arrivals = self.scenario.workload.arrivals
+        open_loop = arrivals.kind in ("poisson", "deterministic")
+        return self.in_flight(plan, arrivals.rate_per_s or 0.0) if open_loop else 0
+
     def _mixed_steps_s(self, pool: PoolPlan, cost: Costs, sizes: Sequence[int]) -> Array:
         """Steps that decode `sizes` sequences on every rank, in a mixed pool with the prompts that arrive meanwhile: [n]."""
         seqs = np.array(sizes, dtype=float)
