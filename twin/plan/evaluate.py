@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from twin.sim import simulate
+from twin.plan.misses import PERCENTILES, Misses
+from twin.sim import GivenUp, simulate
 from twin.spec.plan import Plan
 from twin.spec.results import RunResult, Summary
 from twin.spec.scenario import Scenario
@@ -15,18 +16,21 @@ from twin.spec.workload import Slo, WorkloadSpec
 
 @dataclass(frozen=True)
 class Job:
-    """A simulation to run, as text so that any executor can carry it to any process."""
+    """A simulation to run, as text so that any executor can carry it to any process. `only_if_ok`: nobody wants its metrics
+    when it misses the objectives, so it ends where that is certain."""
 
     scenario_json: str
     plan_json: str
     load: float
-    max_requests: int | None
+    max_requests: int
     in_flight: int = 0
+    only_if_ok: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a simulation said. `ok`: steady and within the objectives; `reason` why not; `miss` by what factor."""
+    """What a simulation said. `ok`: steady and within the objectives; `reason` why not; no metrics where
+    it was given up."""
 
     load: float
     ok: bool
@@ -39,7 +43,12 @@ def run(job: Job) -> Evaluation:
     scenario = Scenario.model_validate_json(job.scenario_json)
     plan = Plan.model_validate_json(job.plan_json)
     loaded = scenario.model_copy(update={"workload": at_load(scenario.workload, job.load)})
-    result = simulate(loaded, plan, max_requests=job.max_requests, record_trace=False, in_flight=job.in_flight).result
+    misses = Misses(scenario.workload, min(job.max_requests, scenario.workload.requests or job.max_requests))
+    try:
+        result = simulate(loaded, plan, max_requests=job.max_requests, record_trace=False, brief=True, in_flight=job.in_flight,
+                          hopeless=misses if job.only_if_ok else None).result
+    except GivenUp:
+        return Evaluation(job.load, False, misses.reason, {})
     reason = missed(result, scenario.workload.slo)
     return Evaluation(job.load, not reason, reason, metrics_of(result))
 
@@ -94,7 +103,7 @@ def percentile(summary: Summary, percent: float) -> float | None:
     """A percentile of a summary, interpolated between those it holds."""
     known = [
         (p, v)
-        for p, v in ((50.0, summary.p50), (90.0, summary.p90), (95.0, summary.p95), (99.0, summary.p99), (100.0, summary.max))
+        for p, v in zip(PERCENTILES, (summary.p50, summary.p90, summary.p95, summary.p99, summary.max), strict=True)
         if v is not None
     ]
     if not known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from twin.plan.bounds import Bound, Bounds, PoolBound, PoolJob, alone, bound_pools
 from twin.plan.evaluate import Evaluation, Job, load_unit, offered_load, run
@@ -172,12 +172,13 @@ class Trials:
         self.offered = offered_load(scenario.workload)
         self._text = scenario.model_copy(update={"plan": None}).model_dump_json()
 
-    def simulate(self, work: Sequence[tuple[Entry, float]], stage: str) -> None:
-        """Run simulations in waves and add each evaluation to its entry, in order."""
+    def simulate(self, work: Sequence[tuple[Entry, float]], stage: str, *, only_if_ok: bool = False) -> None:
+        """Run simulations in waves and add each evaluation to its entry, in order. `only_if_ok`: end those that have missed the
+        objectives, without metrics."""
         done = 0
         for start in range(0, len(work), WAVE):
             wave = work[start : start + WAVE]
-            jobs = [self._job(entry, load) for entry, load in wave]
+            jobs = [replace(self._job(entry, load), only_if_ok=only_if_ok) for entry, load in wave]
             results: Iterable[Evaluation] = map(run, jobs) if self.executor is None else self.executor.map(run, jobs)
             for (entry, _), evaluation in zip(wave, results, strict=True):
                 entry.points.append(evaluation)
@@ -198,13 +199,14 @@ class Trials:
         """Narrow each plan's capacity: the highest load within the objectives, between what worked and what did not.
 
         The bound caps the first try; a plan that fails the offered load is tried below it. Halving the gap each round
-        leaves at most 1/2**rounds of it unknown.
+        leaves at most 1/2**rounds of it unknown. Of a load that is too much only that is used, so its simulation ends as soon
+        as no outcome of the other requests could meet the objectives.
         """
         low = {id(e): (self.offered if e.points[0].ok else 0.0) for e in entries}
         high = {id(e): (self._bound_load(e) if e.points[0].ok else self.offered) for e in entries}
         for turn in range(CAPACITY_ROUNDS):
             work = [(e, load) for e in entries if (load := self._between(low[id(e)], high[id(e)])) > low[id(e)] * 1.02]
-            self.simulate(work, f"capacity {turn + 1}/{CAPACITY_ROUNDS}")
+            self.simulate(work, f"capacity {turn + 1}/{CAPACITY_ROUNDS}", only_if_ok=True)
             for entry, load in work:
                 (low if entry.points[-1].ok else high)[id(entry)] = load
 

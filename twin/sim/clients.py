@@ -28,6 +28,7 @@ class Clients:
         self.sent: list[Request] = []
         self.background: list[Request] = []
         self.last_phase = 0  # of the event that ended the last request
+        self.gave_up = False
         self._ended = 0
         self._all_sent = False
         closed = workload.arrivals.kind == "closed_loop"
@@ -81,6 +82,12 @@ class Clients:
         if self.traffic.arrival_s is None:
             self._think(request)
         if self._all_sent and self._ended == len(self.sent) and not self.done.triggered:
+            self._finish()
+
+    def give_up(self) -> None:
+        """The run is over here, for what anybody wants to know of it."""
+        self.gave_up = True
+        if not self.done.triggered:
             self._finish()
 
     def _finish(self) -> None:

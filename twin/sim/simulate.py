@@ -17,6 +17,7 @@ from twin.sim.breakdown import Breakdown, together
 from twin.sim.instance import Instance
 from twin.sim.layers import StepView, follow_step
 from twin.sim.outcome import gaps, intervals, pool_result, result_source, series
+from twin.sim.request import Request
 from twin.sim.run import Run
 from twin.sim.service import PoolCosts, Switches, lay_out
 from twin.sim.timeline import Timeline
@@ -40,30 +41,49 @@ class SimOutput:
     detail: StepView | None = None
 
 
+_WATCHED = ("first_token", "finish", "reject")
+Hopeless = Callable[[str, Request], bool]
+"""Told when a request got its first token ("first_token"), its last ("finish") or was refused ("reject"). True: that will do."""
+
+
+class GivenUp(Exception):
+    """The simulation was ended by `hopeless`."""
+
+
 def simulate(scenario: Scenario, plan: Plan, *, detail: bool = False, max_requests: int | None = None,
              record_trace: bool = True, cost_models: Sequence[PoolCosts] | None = None,
-             coalesce: bool = True, in_flight: int = 0) -> SimOutput:
+             coalesce: bool = True, in_flight: int = 0, brief: bool = False, hopeless: Hopeless | None = None) -> SimOutput:
     """Serve the scenario's traffic with `plan` and say what happens.
 
     `cost_models`: one for each pool, made here otherwise. `max_requests` shortens the traffic. `coalesce=False` takes
     decode steps one at a time: slower, same results. `detail` follows one step, from the middle of the run of the pool that
     decodes, layer by layer, and adds it to the trace. `in_flight` requests are in decode when the run begins, so that an
-    open loop need not fill the service first; they count for throughput alone. Raises Infeasible when the plan does not
-    fit the cluster or its memory, SpecError for traffic that cannot be drawn.
+    open loop need not fill the service first; they count for throughput alone. `brief` leaves out of the result what only
+    readers want (parts and sources of steps, intervals, gaps between tokens, series); all else is the same. `hopeless` may
+    end the run early. Raises Infeasible when the plan does not fit the cluster or its memory, SpecError for traffic that
+    cannot be drawn, GivenUp when `hopeless` said so.
     """
     costs = list(cost_models) if cost_models is not None else make_costs(scenario, plan)
     breakdowns = [Breakdown() for pool in plan.pools for _ in range(pool.instances)]
-    observers: list[Callable[[Instance, Run], None]] = [
+    observers: list[Callable[[Instance, Run], None]] = [] if brief else [
         lambda instance, run: breakdowns[instance.number].observe(instance, run)]
+
+    def watch(_: float, what: str, request_id: int, *__: int) -> None:
+        if what in _WATCHED and hopeless is not None and hopeless(what, world.service.requests[request_id]):
+            world.clients.give_up()
+
     world = World(scenario, plan, costs, max_requests=max_requests, in_flight=in_flight, switches=Switches(
-        coalesce=coalesce, on_run=lambda instance, run: _tell(observers, instance, run)))
+        coalesce=coalesce, observer=watch if hopeless is not None else None,
+        on_run=lambda instance, run: _tell(observers, instance, run)))
     timeline = None
     if record_trace:
         timeline = Timeline(world.clients.counted_from_s(), len(world.service.instances))
         observers.append(timeline.observe)
     world.run()
+    if world.clients.gave_up:
+        raise GivenUp
     records = [request.record() for request in world.clients.sent]
-    result = _result(scenario, plan, world, records, breakdowns)
+    result = _result(scenario, plan, world, records, breakdowns, brief=brief)
     trace = timeline.events(world.service.instances, world.clients.sent) if timeline else []
     view = _detail(world, breakdowns) if detail else None
     if view is not None:
@@ -100,13 +120,13 @@ def _group_start(cluster: ClusterSpec, name: str | None) -> int:
 
 
 def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestRecord],
-            breakdowns: list[Breakdown]) -> RunResult:
+            breakdowns: list[Breakdown], *, brief: bool) -> RunResult:
     workload, instances = scenario.workload, world.service.instances
     requests = world.clients.sent
     background = [request.record() for request in world.clients.background]
     window = counted_window([*background, *records], open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
     summary = summarise([*background, *records], workload, gpus=plan.gpus, usd_per_h=_usd_per_h(scenario.cluster, plan),
-                        itl_s=gaps(instances, world.service.requests))
+                        itl_s=None if brief else gaps(instances, world.service.requests))
     by_pool = [together(breakdowns[i.number] for i in instances if i.pool_index == index) for index in range(len(plan.pools))]
     pools = tuple(pool_result(pool, costs, [i for i in instances if i.pool_index == index], requests,
                               by_pool[index], window)
@@ -116,8 +136,8 @@ def _result(scenario: Scenario, plan: Plan, world: World, records: list[RequestR
         kind="prediction", name=plan.name, model=scenario.model.name, cluster=scenario.cluster.name, plan=plan,
         provenance=provenance(scenario, plan, seed=scenario.seed),
         latencies=summary.latencies, throughput=summary.throughput, counts=count(records), steady=summary.steady,
-        cost=summary.cost, pools=pools, intervals=intervals(summary, by_role),
-        series=series(instances, records, plan.pools), source=result_source(by_pool),
+        cost=summary.cost, pools=pools, intervals={} if brief else intervals(summary, by_role),
+        series=() if brief else series(instances, records, plan.pools), source=result_source(by_pool),
         assumptions=assumptions(scenario, plan), warnings=warnings(scenario, plan, summary, pools))
 
 
