@@ -201,6 +201,14 @@ def _document(source: str | Path, package: str, what: str) -> Document:
     return parse_file(path)
 
 
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Whether a path is a file or a folder; a name that no file can have is neither."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
 def _resolve(value: str, kind: str, document: Document, field: str, names: Callable[[], list[str]]) -> SpecError:
     close = difflib.get_close_matches(value, names(), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(names())}; or a path"
@@ -220,9 +228,9 @@ def _model(value: Any, document: Document, base: Path) -> ModelSpec:
             if resource.is_file():
                 return model_from_hf_config(json.loads(resource.read_text(encoding="utf-8")), value, file=f"models/{value}.json")
         path = base / value if len(value) < 4096 and "\x00" not in value else Path("?")
-        if path.is_dir():
+        if _is(path, Path.is_dir):
             path = path / "config.json"
-        if not path.is_file() or path.suffix not in _SPEC_SUFFIXES:
+        if not _is(path, Path.is_file) or path.suffix not in _SPEC_SUFFIXES:
             raise _resolve(value, "model", document, "model", lambda: presets("models"))
         inner = parse_file(path)
         return _model_from(inner.data, inner, path.parent.name if path.name == "config.json" else path.stem, ())
@@ -243,7 +251,7 @@ def _cluster(value: Any, document: Document, base: Path) -> ClusterSpec:
         if found is not None:
             return validate(ClusterSpec, _with_gpus(found, document), Document({}, {}, f"topologies/clusters.yaml ({value})"))
         path = base / value if len(value) < 4096 and "\x00" not in value else Path("?")
-        if not path.is_file() or path.suffix not in _SPEC_SUFFIXES:
+        if not _is(path, Path.is_file) or path.suffix not in _SPEC_SUFFIXES:
             raise _resolve(value, "cluster", document, "cluster", lambda: presets("clusters"))
         inner = parse_file(path)
         return validate(ClusterSpec, _with_gpus(inner.data, inner), inner)

@@ -184,7 +184,8 @@ def balance(record: Record) -> Found | str:
     metric = metric_of(record)
     model = model_named(record) if record.get("model") else model_of("deepseek-v3")
     ranks = int(record.get("ep") or record["gpus"])
-    assert model.moe is not None
+    if model.moe is None:
+        return f"{model.name} has no experts to balance"
     if "random_placement" in metric:
         shares = popularity(model, _MATRIX, 0)
         rng = np.random.default_rng(np.random.SeedSequence([0, ranks]))
@@ -209,7 +210,8 @@ def balance(record: Record) -> Found | str:
 def popular(record: Record) -> Found | str:
     """The most popular expert's load over the mean, averaged over layers."""
     model = model_named(record) if record.get("model") else model_of("deepseek-v3")
-    assert model.moe is not None
+    if model.moe is None:
+        return f"{model.name} has no experts"
     shares = popularity(model, _MATRIX, 0)
     return Found.near(float(shares.max(axis=1).mean() * model.moe.experts), 3 * _SKEW_WIDTH, "calibrated")
 

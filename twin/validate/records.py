@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from twin.validate.record_words import Found
 
 MAX_FILE_BYTES = 16 << 20
 MAX_RECORDS = 100_000
+_LARGEST = 1e12  # of any number in a record
+_SIZES = ("ep", "tp", "dp", "gpus", "nodes", "isl", "osl", "batch_per_gpu", "batch", "tokens_per_gpu", "concurrency", "hidden",
+          "topk", "experts", "message_bytes", "message_elements", "M", "sms", "kv_mb", "size_bytes", "bw_gbps")
 _ALIKE = ("source", "model", "gpu", "gpus", "phase", "ep", "isl", "osl", "batch_per_gpu", "metric", "unit")
 
 
@@ -118,22 +121,38 @@ def overlap_gains(records: list[Judged]) -> list[dict[str, Any]]:
 
 def _answered(record: Mapping[str, Any], number: int) -> Judged:
     name, metric, unit = str(record.get("id") or f"record {number + 1}"), str(record["metric"]), str(record.get("unit") or "")
-    value = record.get("value")
-    published = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-    kind = kind_of(record)
+    value, kind = record.get("value"), kind_of(record)
+    published = float(value) if isinstance(value, int | float) and 0 <= abs(value) < _LARGEST else None
     answer = ANSWERS.get(kind)
     if answer is None:
-        return Judged(name, kind, metric, unit, published, None, f"the twin has no word for {metric!r} of this configuration")
-    try:
-        found = answer(record)
-    except EptwinError as error:
-        return Judged(name, kind, metric, unit, published, None, str(error).splitlines()[0])
-    except (KeyError, TypeError, ValueError) as error:
-        missing = re.sub(r"[^\w .,:()-]", "", str(error))[:120]
-        return Judged(name, kind, metric, unit, published, None, f"the record lacks or misstates {missing}")
+        found: Found | str = f"the twin has no word for {metric!r} of this configuration"
+    else:
+        found = _misstated(record) or _tried(answer, record)
     if isinstance(found, str):
         return Judged(name, kind, metric, unit, published, None, found)
     return Judged(name, kind, metric, unit, published, found)
+
+
+def _misstated(record: Mapping[str, Any]) -> str:
+    """The first size of a record that none can have, or ''."""
+    for key in _SIZES:
+        value = record.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < _LARGEST:
+            return f"the record misstates {key}: {str(value)[:20]}"
+    return ""
+
+
+def _tried(answer: Callable[[Mapping[str, Any]], Found | str], record: Mapping[str, Any]) -> Found | str:
+    """What the twin answers, or why it does not: records are written by hand, and what is in them may be of any type."""
+    try:
+        found = answer(record)
+    except EptwinError as error:
+        return str(error).splitlines()[0]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return f"the record lacks or misstates {re.sub(r'[^a-zA-Z0-9_ .,:()-]', '', str(error))[:120]}"
+    if isinstance(found, str) or (math.isfinite(found.high) and 0 < found.low <= found.value <= found.high):
+        return found
+    return "nothing is left of this part in this configuration, or its sizes are no sizes"
 
 
 def summarise_records(records: list[Judged]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from twin.spec.cluster import ClusterSpec
 from twin.spec.errors import Problem, SpecError
 from twin.spec.load import load_cluster
@@ -219,6 +221,9 @@ def question_of(row: Row, base: Path = Path()) -> Question | Unanswered:
         return _pools(row, model)
     except SpecError as error:
         return Unanswered(row, error.problems[0].message)
+    except ValidationError as error:  # sizes beyond what a plan or a cluster may have
+        first = error.errors(include_url=False)[0]
+        return Unanswered(row, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300])
 
 
 def _pools(row: Row, model: ModelSpec) -> Question | Unanswered:

@@ -59,7 +59,11 @@ def model_of(path: str, base: Path = Path()) -> ModelSpec:
         if re.match(pattern, name) and preset in names:
             return load_model(preset)
     given = base / path if path and len(path) < 1024 and "\x00" not in path else None
-    if given is not None and (given.is_file() or given.is_dir()):
+    try:
+        there = given is not None and (given.is_file() or given.is_dir())
+    except OSError:  # a name longer than any file's
+        there = False
+    if there and given is not None:
         return load_model(given)
     raise SpecError(f"{path[:80]!r} is no preset and no file", hint="put a Hugging Face config.json there: " + ", ".join(names))
 

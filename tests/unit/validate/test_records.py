@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -324,3 +325,25 @@ def test_ranks_wait_at_barriers_for_a_tenth_of_a_layer_of_prompts() -> None:
     for tbo in (True, False):
         waited = part("dispatch_barrier", tbo) + part("combine_barrier", tbo)
         assert 0.05 < waited / part("overall", tbo) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"ep": float("inf")}, "misstates ep"), ({"isl": 10**400}, "misstates isl"), ({"gpus": -1}, "misstates gpus"),
+        ({"dp": "8x400Gb", "network": "0x0Gb"}, "lacks or misstates"), ({"model": "9" * 400}, "no preset"),
+        ({"metric": "ttft", "isl": 1024, "osl": 64, "concurrency": 4, "prefill": {}, "decode": 1.0}, "lacks or misstates"),
+        ({"model": "qwen3-8b", "metric": "balancedness_mean_over_max"}, "no experts"),
+        ({"value": 10**400}, ""),
+    ],
+)  # fmt: skip
+def test_a_record_of_wrong_types_does_not_end_the_others(changed: dict[str, Any], word: str) -> None:
+    record = {"id": "a", "model": "deepseek-v3/r1", "gpu": "H200", "phase": "decode", "ep": 16, "isl": 2000, "batch_per_gpu": 64,
+              "metric": "output_throughput", "unit": "tok/s/GPU", "value": 1.0}  # fmt: skip
+    for one in ({**record, **changed}, record):
+        found = _judge(one, 0)
+        assert json.dumps(found.plain(), allow_nan=False) and found.line()
+        if one is record or not word:
+            assert found.found is not None and found.found.low <= found.found.value <= found.found.high
+        else:
+            assert found.found is None and word in found.reason

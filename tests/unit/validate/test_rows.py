@@ -58,6 +58,7 @@ def test_separated_rows_have_two_pools_and_count_users_of_all_decode_workers(tmp
 @pytest.mark.parametrize(("changes", "says"), [
     ({"tp_size": "16", "moe_tp_size": "4", "moe_ep_size": "4"}, "mistake of the collection"),
     ({"backend": "lmdeploy"}, "engine"), ({"system": "tpu_v7"}, "system"), ({"model_path": "who/knows"}, "no preset"),
+    ({"attention_dp_size": "1000000"}, "dp: "), ({"model_path": "x" * 400}, "no preset"),
     ({"pp_size": "2", "tp_size": "2"}, "pipeline"), ({"moe_quant_mode": "int3"}, "format"), ({"mode": "both"}, "mode")])
 def test_a_row_that_cannot_be_answered_says_why(tmp_path: Path, changes: dict[str, str], says: str) -> None:
     found = ask(tmp_path, **changes)
