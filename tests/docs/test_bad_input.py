@@ -82,6 +82,14 @@ def test_words(arguments, words, capsys, tmp_path, monkeypatch):
     assert code == 2 and out == "" and words.lower() in err.lower()
 
 
+def test_no_terminal_takes_orders_from_a_file(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("id,backend,model_path,system,mode,isl,osl\n\x1b[31mred,vllm,\x1b[2Jx,h200,agg,9,9\n")
+    (tmp_path / "a.yaml").write_text('- {id: "\\e[31mred", metric: "x\\e[2Jy", value: 1, unit: s}\n')
+    for file in ("a.csv", "a.yaml"):
+        code, out, _ = eptwin(capsys, "validate", "against", str(tmp_path / file))
+        assert code == 0 and "red" in out and "\x1b" not in out
+
+
 def test_a_wrong_override_is_not_blamed_on_a_line_of_the_file():
     with pytest.raises(SpecError) as told:
         load_scenario("tiny_cpu", ["workload.requests=-1", "plan.pools.0.tp=0"])

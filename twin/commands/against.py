@@ -9,7 +9,10 @@ from typing import Any
 import click
 
 from twin.commands.shared import Progress, json_option, say, table
+from twin.spec.urls import readable
 from twin.validate.against import GROUPS, Split, Verdict, finite, judge, plain, summarise
+
+_LINE_CHARS = 2000
 
 
 @click.command()
@@ -41,7 +44,7 @@ def against(file: Path, limit: int | None, split: Split, seed: int, deployments:
         click.echo(json.dumps(finite(document), indent=1))
         return
     for verdict in verdicts:
-        click.echo(_line(verdict))
+        click.echo(readable(_line(verdict), _LINE_CHARS))
     click.echo("\n" + _tables(summary))
 
 
@@ -98,7 +101,7 @@ def _records(file: Path, limit: int | None, as_json: bool) -> None:
         click.echo(json.dumps(finite({"file": file.name, "summary": summary, "records": [r.plain() for r in found]}), indent=1))
         return
     for record in found:
-        click.echo(record.line())
+        click.echo(readable(record.line(), _LINE_CHARS))
     say()
     rows = [[name, str(one["records"]), str(one["answered"]), _percent(one["median_abs_error"]), _percent(one["worst_abs_error"])]
             for name, one in summary["by_kind"].items()]

@@ -31,6 +31,6 @@ def check_url(url: str, *, allow_remote: bool) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def readable(text: str) -> str:
-    """At most 200 printable characters of what somebody else said."""
-    return "".join(c if c.isprintable() else " " for c in text[:200]).strip()
+def readable(text: str, most: int = 200) -> str:
+    """At most `most` printable characters of what somebody else said: no terminal takes orders from a file or a service."""
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()

@@ -72,6 +72,8 @@ def judge(path: Path, *, split: Split = "all", seed: int = 0, limit: int | None 
         if tell is not None:
             tell(done, len(rows))
         verdicts.append(_judge(row, path.parent, answers, "fit" if in_fit_half(row, seed) else "report"))
+    if tell is not None:
+        tell(len(rows), len(rows))
     return verdicts
 
 
