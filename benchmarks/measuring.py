@@ -1,11 +1,14 @@
-"""What recording costs: half of the steps, drawn at random, with a record; in one process.
+"""What recording costs: rounds of requests with every step recorded, and with half of them, drawn at random; in one process.
 
     python -m benchmarks.measuring --json benchmarks/results/cpu_measuring.json
 
-The difference of two kinds of steps is as noisy as the machine. So the record's own seconds are counted as well: those of making
-it and of encoding it with the step's news (`own_share`). Marks (which phase a rank is in) are always on, since the watch over
-ranks needs them; their cost is counted apart: marks a step times the cost of one. `--hidden` and `--layers` set the size of the
-model; on a small one everything costs most.
+The difference of two kinds of steps is as noisy as the machine. So the record's own seconds are counted as well: those of taking
+the step's times, of keeping them and of packing and encoding batches of rows, as a mean over the steps recorded (`own_share`).
+After a step on this processor its caches hold the model; `repeated_s` is what a record costs when they hold the record's code,
+as they may where a GPU has the model. What the front end does with a batch is timed apart, and so is reading its rows, which it
+does only when asked. Marks (which phase a rank is in) are always on, since the watch over ranks needs them; their cost is
+counted apart: marks a step times the cost of one. `--hidden` and `--layers` set the size of the model; on a small one
+everything costs most.
 """
 
 from __future__ import annotations
@@ -26,51 +29,57 @@ import torch
 from runtime.batch import Segment
 from runtime.board import Board
 from runtime.clock import Clock
+from runtime.layout import layouts
 from runtime.loop import StepLoop
 from runtime.options import EngineOptions
 from runtime.rank import Rank, build_rank
+from runtime.records import StepLog, StepRecords, did
+from runtime.targets import Targets
 from runtime.tiny import tiny_config
 from runtime.types import SamplingParams
-from twin.policy.batching import StepPlan
+from twin.policy.steps import StepPlan
 from twin.spec.hf import model_from_hf_config
+from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
 from twin.spec.rundir import write_text
 
+PHASES_OF_A_STEP = ("schedule", "embed", "attention", "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts",
+                    "head", "sample", "book")
+
 
 class Script:
-    """Control without a socket: says everything at once, encodes what it is told as the socket would be sent it.
+    """Control without a socket: says everything at once, encodes what it is told as the socket would be sent it, and keeps
+    the batches of rows.
 
-    Every step it draws whether the next is recorded; `took` keeps CPU seconds from one step's news to the next, recorded or
-    not. What others do on the machine touches CPU seconds little.
+    With a `coin` it draws every step whether the next is recorded; `took` keeps CPU seconds from one step's news to the next,
+    recorded or not. What others do on the machine touches CPU seconds little.
     """
 
     formation = 0
 
-    def __init__(self) -> None:
+    def __init__(self, coin: random.Random | None = None) -> None:
         self.messages: list[dict[str, Any]] = []
         self.loop: Timed | None = None
         self.took: dict[bool, list[float]] = {True: [], False: []}
-        self.own: list[float] = []
+        self.batches: list[str] = []
         self._last: float | None = None
-        self._coin = random.Random(1)
+        self._coin, self.log = coin, TimedLog(self.send)
 
     def drain(self, *, wait: bool) -> list[dict[str, Any]]:
         said, self.messages = self.messages or ([{"op": "stop"}] if wait else []), []
         return said
 
     def send(self, message: dict[str, Any]) -> None:
-        began = time.process_time()
-        json.dumps(message, separators=(",", ":"))
-        now, before, self._last = time.process_time(), self._last, None
+        line = json.dumps({"seat": 0, "formation": 0, **message}, separators=(",", ":"))
+        if message["ev"] == "records":
+            self.batches.append(line)
         if message["ev"] != "step" or self.loop is None:
             return
+        now, before = time.process_time(), self._last
         if before is not None:
-            self.took["record" in message].append(now - before)
-        if "record" in message:
-            without, again = {key: value for key, value in message.items() if key != "record"}, time.process_time()
-            json.dumps(without, separators=(",", ":"))
-            self.own.append(self.loop.record_s + now - began - (time.process_time() - again))
-        self.loop.record = self._coin.random() < 0.5
+            self.took[self.loop.log is not None].append(now - before)
+        if self._coin is not None:
+            self.loop.log = self.log if self._coin.random() < 0.5 else None
         self._last = time.process_time()
 
 
@@ -85,24 +94,73 @@ class Counted(Clock):
 
 
 class Timed(StepLoop):
-    """Knows what the last record took to make."""
+    """Adds up what its records took."""
 
-    record_s = 0.0
+    own_s = 0.0
 
-    def _step_record(self, plan: StepPlan, segments: list[Segment]) -> dict[str, Any] | None:
+    def _end_step(self) -> dict[str, float]:
         began = time.process_time()
-        record = super()._step_record(plan, segments)
-        self.record_s = time.process_time() - began
-        return record
+        parts = super()._end_step()
+        self.own_s += time.process_time() - began
+        return parts
+
+    def _write_down(self, *args: Any) -> None:
+        began = time.process_time()
+        super()._write_down(*args)
+        self.own_s += time.process_time() - began
 
 
-def serve(rank: Rank, clock: Clock, script: Script, requests: int, tokens: int) -> None:
-    """A batch of requests, all at once."""
+class TimedLog(StepLog):
+    """Adds up what batches that leave during a step took."""
+
+    own_s = 0.0
+
+    def send_due(self) -> None:
+        began = time.process_time()
+        super().send_due()
+        self.own_s += time.process_time() - began
+
+
+def serve(rank: Rank, clock: Clock, script: Script, requests: int, tokens: int) -> float:
+    """A batch of requests, all at once; seconds that records took, batches that left during steps aside."""
     params = asdict(SamplingParams(max_tokens=tokens, ignore_eos=True))
     script.messages = [{"op": "add", "id": i, "tokens": [i + 1] * 16, "prompt_len": 16, "seed": i, "params": params, "wake": 1}
                        for i in range(requests)]
-    script.loop = Timed(rank, script, clock, record=True)  # type: ignore[arg-type]
-    script.loop.run()
+    script.loop = loop = Timed(rank, script, clock, record=True)  # type: ignore[arg-type]
+    loop.log = script.log
+    loop.run()
+    script.log.flush()
+    return loop.own_s
+
+
+def repeated(clock: Clock, requests: int) -> float:
+    """CPU seconds of a record of a decode step, again and again."""
+    log = StepLog(json.dumps)  # type: ignore[arg-type]
+    plan = StepPlan(decode=tuple(range(requests)), decode_tokens=(1,) * requests)
+    segments = [Segment([1], 64, [0]) for _ in range(requests)]
+    parts, spent = dict.fromkeys(PHASES_OF_A_STEP, 1e-3), 0.0
+    for number in range(20_000):
+        clock.mark("book")
+        began = time.process_time()
+        now, cpu_s = time.monotonic(), time.process_time()
+        clock.take()
+        log.add(now, now, cpu_s, number, parts, did(plan, segments, requests, 0.5, (), ()))
+        log.send_due()
+        spent += time.process_time() - began
+    return spent / 20_000
+
+
+def front_end(plan: Plan, model: ModelSpec, batches: list[str]) -> dict[str, float]:
+    """Bytes of a row as it travels; the front end's seconds a row as it comes, and as it is read."""
+    records = StepRecords()
+    records.form(0, (0,), Targets(plan, layouts(plan, model), 0).targets)
+    began = time.process_time()
+    for line in batches:
+        records.hear(json.loads(line))
+    heard = time.process_time()
+    rows = len(records.steps)
+    return {"rows": rows, "rows_a_batch": rows / len(batches), "row_bytes": sum(map(len, batches)) / rows,
+            "heard_s": (heard - began) / rows, "read_s": (time.process_time() - heard) / rows}
 
 
 @click.command(help=__doc__.split("\n", 1)[0])
@@ -110,7 +168,7 @@ def serve(rank: Rank, clock: Clock, script: Script, requests: int, tokens: int) 
 @click.option("--layers", default=4, show_default=True)
 @click.option("--requests", default=8, show_default=True)
 @click.option("--tokens", default=48, show_default=True)
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--rounds", default=10, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(hidden: int, layers: int, requests: int, tokens: int, rounds: int, out: Path | None) -> None:
     torch.set_num_threads(1)
@@ -122,26 +180,32 @@ def main(hidden: int, layers: int, requests: int, tokens: int, rounds: int, out:
         rank = build_rank(model, plan, EngineOptions(), 0, clock.mark)
         serve(rank, clock, Script(), requests, tokens)
         script, clock.marks = Script(), 0
-        for _ in range(rounds):
+        own_s = sum(serve(rank, clock, script, requests, tokens) for _ in range(rounds)) + script.log.own_s
+        front = front_end(plan, model, script.batches)
+        own, marks = own_s / front["rows"], clock.marks / front["rows"]
+        script = Script(random.Random(1))
+        for _ in range(2 * rounds):
             serve(rank, clock, script, requests, tokens)
         took = script.took
-        marks = clock.marks / sum(map(len, took.values()))
         began = time.process_time()
         for _ in range(50_000):
             clock.mark("attention")
             clock.mark("gate")
         mark_s = (time.process_time() - began) / 100_000
-    on, off, own = (statistics.median(seconds) for seconds in (took[True], took[False], script.own))
+        again = repeated(clock, requests)
+    on, off = statistics.median(took[True]), statistics.median(took[False])
     fast = {kind: statistics.quantiles(seconds, n=10)[0] for kind, seconds in took.items()}
     best = fast[True] / fast[False] - 1
     row = {"step_s": {"recorded": on, "not": off}, "overhead": on / off - 1, "steps": len(took[True]),
            "fastest_tenth_s": {"recorded": fast[True], "not": fast[False]}, "overhead_of_fastest": best,
-           "own_s": own, "own_share": own / off,
+           "own_s": own, "own_share": own / off, "repeated_s": again, "front_end": front,
            "marks_a_step": marks, "mark_s": mark_s, "marks_share": marks * mark_s / off, "hidden": hidden, "layers": layers,
            "requests": requests, "cores": os.cpu_count(), "torch": torch.__version__}
-    click.echo(f"step {off * 1e3:.3f} ms, recorded {on * 1e3:.3f} ms: {row['overhead']:+.2%} (fastest tenth {best:+.2%}); "
-               f"a record's own {own * 1e6:.0f} us: {own / off:.2%}; "
-               f"{marks:.0f} marks a step of {mark_s * 1e9:.0f} ns: {row['marks_share']:.2%}")
+    click.echo(f"step {off * 1e3:.3f} ms, recorded {on * 1e3:.3f} ms: {row['overhead']:+.2%} (fastest tenth {best:+.2%})")
+    click.echo(f"a record's own {own * 1e6:.1f} us: {own / off:.2%}; repeated {again * 1e6:.1f} us")
+    click.echo(f"{front['row_bytes']:.0f} bytes a record; on the front end {front['heard_s'] * 1e6:.1f} us, "
+               f"{front['read_s'] * 1e6:.0f} more once read")
+    click.echo(f"{marks:.0f} marks a step of {mark_s * 1e9:.0f} ns: {row['marks_share']:.2%}")
     if out is not None:
         write_text(out, json.dumps(row, indent=1) + "\n")
 

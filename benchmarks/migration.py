@@ -77,7 +77,7 @@ async def measure(model: ModelSpec, plan: Plan, seconds: float) -> dict[str, Any
         await asyncio.gather(*(_stream(frontend, model, i, until) for i in range(SEQUENCES)))
     finally:
         await frontend.stop()
-    return figures_of(frontend.steps, frontend.rebalances)
+    return figures_of(frontend.records.steps, frontend.rebalances)
 
 
 async def _stream(frontend: Frontend, model: ModelSpec, number: int, until: float) -> None:

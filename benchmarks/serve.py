@@ -43,7 +43,7 @@ async def serve(name: str, pool: PoolPlan, options: EngineOptions, prompts: list
         start = time.monotonic()
         times = await _all([frontend.submit(p, SamplingParams(max_tokens=n, ignore_eos=True))
                             for p, n in zip(prompts, osl, strict=True)])
-        figures = _figures(start, times, prompts, frontend.steps, ready_s)
+        figures = _figures(start, times, prompts, frontend.records.steps, ready_s)
         figures["compiles_after_start"] = sum(each.compiles_after_start for each in frontend.stats().instances)
     finally:
         await frontend.stop()

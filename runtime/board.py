@@ -12,7 +12,8 @@ PHASES = ("start", "load", "capture", "warm-up", "reform", "idle", "schedule", "
           "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts", "head", "sample", "draft", "book",
           "migrate", "done")
 _CODE = {name: code for code, name in enumerate(PHASES)}
-_ROW = struct.Struct("<IIIII")  # phase, beats, faults fired, phases begun, whether it waits for others
+_ROW = struct.Struct("=IIIII")  # phase, beats, faults fired, phases begun, whether it waits for others
+_FIELDS = 5
 
 
 class Board:
@@ -23,19 +24,21 @@ class Board:
             path.write_bytes(bytes(_ROW.size * rows))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
+        self._words = memoryview(self._map).cast("I")  # marks are many: nothing is packed for one
 
     def mark(self, rank: int, phase: str) -> None:
-        struct.pack_into("<I", self._map, _ROW.size * rank, _CODE[phase])
-        self._count(rank, 12)
+        words, at = self._words, _FIELDS * rank
+        words[at] = _CODE[phase]
+        words[at + 3] = (words[at + 3] + 1) & 0xFFFFFFFF
 
     def beat(self, rank: int, *, waits: bool = False) -> None:
         """A sign of life; `waits`: in a collective."""
-        struct.pack_into("<I", self._map, _ROW.size * rank + 16, waits)
-        self._count(rank, 4)
+        self._words[_FIELDS * rank + 4] = waits
+        self._count(rank, 1)
 
     def fire(self, rank: int) -> None:
         """Note that a fault is about to strike."""
-        self._count(rank, 8)
+        self._count(rank, 2)
 
     def fired(self, rank: int) -> int:
         """Faults that struck a rank so far."""
@@ -52,8 +55,9 @@ class Board:
         return begun, bool(waits)
 
     def close(self) -> None:
+        self._words.release()
         self._map.close()
 
-    def _count(self, rank: int, offset: int) -> None:
-        at = _ROW.size * rank + offset
-        struct.pack_into("<I", self._map, at, (struct.unpack_from("<I", self._map, at)[0] + 1) & 0xFFFFFFFF)
+    def _count(self, rank: int, field: int) -> None:
+        at = _FIELDS * rank + field
+        self._words[at] = (self._words[at] + 1) & 0xFFFFFFFF

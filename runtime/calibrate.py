@@ -110,7 +110,7 @@ async def _measure_steps(model: ModelSpec, plan: Plan, options: EngineOptions, b
         front = await _frontend_s(frontend)
         handover = [{"tokens": len(f.prompt), "seconds": f.transfer[1] - f.transfer[0]}
                     for f in frontend.finished_flights if f.transfer is not None]
-        steps = group_steps(frontend.steps, 0.0)
+        steps = group_steps(frontend.records.steps, 0.0)
     finally:
         await frontend.stop()
     pools = [_pool(index, pool, [s for s in steps if s.pool == index]) for index, pool in enumerate(plan.pools)]
@@ -157,11 +157,11 @@ async def _frontend_s(frontend: Frontend) -> float:
     """Median seconds that a first token takes beside its step, in an idle engine: control channel, scheduling, streaming."""
     extra = []
     for _ in range(8):
-        before = len(frontend.steps)
+        before = len(frontend.records.steps)
         arrival = time.monotonic()
         stream = frontend.submit([1] * 8, SamplingParams(max_tokens=1, ignore_eos=True))
         async for event in stream:
-            steps = frontend.steps[before:]
+            steps = frontend.records.steps[before:]
             extra.append(event.time - arrival - sum(s["end"] - s["start"] for s in steps[:1]))
     return max(0.0, statistics.median(extra))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, board: Board | None, rank: int, faults: Injector | None = None) -> None:
         self._board, self._rank, self._faults = board, rank, faults
         self._phase, self._since = "start", time.monotonic()
-        self._inside = False
+        self._inside = self.sums = False
         self._parts: dict[str, float] = {}
         self._spent: dict[str, float] = {}
 
@@ -36,7 +36,8 @@ class Clock:
         self._phase, self._since = phase, now
         if self._board is not None:
             self._board.mark(self._rank, phase)
-        self.point(phase)
+        if self._faults is not None:
+            self._faults.at(phase)
 
     def point(self, name: str) -> None:
         """Come to a point at which a fault may be armed."""
@@ -60,12 +61,13 @@ class Clock:
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
         parts = self._take()
-        for phase, seconds in parts.items():
-            self._spent[phase] = self._spent.get(phase, 0.0) + seconds
+        if self.sums:
+            for phase, seconds in parts.items():
+                self._spent[phase] = self._spent.get(phase, 0.0) + seconds
         return parts
 
     def spent(self, phase: str) -> float:
-        """Seconds of a phase that were taken, since the start."""
+        """Seconds of a phase that were taken since `sums` was set."""
         return self._spent.get(phase, 0.0)
 
     def _take(self) -> dict[str, float]:
@@ -81,7 +83,7 @@ class DeviceClock(Clock):
 
     A phase on the device counts the device's seconds. Of the host's seconds in these phases and in `sample`, where it waits
     for the device, those that the device did not need count as `sample`. Work that is not done when a step's times are
-    taken counts in the next step.
+    taken counts in the next step. All marks are on one stream, so what is before one that is done is done.
     """
 
     def __init__(self, board: Board | None, rank: int, faults: Injector | None = None,
@@ -89,7 +91,7 @@ class DeviceClock(Clock):
         super().__init__(board, rank, faults)
         self._make_event = make_event
         self._spare: list[Any] = []
-        self._marks: deque[tuple[str, Any]] = deque()
+        self._marks: list[tuple[str, Any]] = []
         self._serves = self._timing = False  # marks while graphs are captured are not times
 
     def mark(self, phase: str) -> None:
@@ -105,10 +107,13 @@ class DeviceClock(Clock):
 
     def _take(self) -> dict[str, float]:
         parts, device = super()._take(), dict[str, float]()
-        while len(self._marks) > 1 and self._marks[1][1].query():
-            phase, event = self._marks.popleft()
-            self._spare.append(event)
+        marks, last = self._marks, len(self._marks) - 1
+        while last > 0 and not marks[last][1].query():
+            last -= 1
+        for (phase, event), (_, until) in pairwise(marks[:last + 1]):
             if phase in ON_DEVICE:
-                device[phase] = device.get(phase, 0.0) + event.elapsed_time(self._marks[0][1]) / 1e3
+                device[phase] = device.get(phase, 0.0) + event.elapsed_time(until) / 1e3
+            self._spare.append(event)
+        del marks[:last]
         host_s = sum(parts.pop(phase, 0.0) for phase in ON_DEVICE) + parts.pop("sample", 0.0)
         return {**parts, **device, "sample": max(0.0, host_s - sum(device.values()))} if host_s or device else parts

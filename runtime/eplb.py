@@ -45,6 +45,7 @@ class Rebalancer:
         assert rank.pool.eplb is not None and rank.model.moe is not None and rank.groups.experts is not None
         self._rank, self._control, self._clock, self._group = rank, control, clock, rank.groups.experts
         self._how, self._groups = rank.pool.eplb, rank.model.moe.groups
+        clock.sums = True
         self._ffns = rank.transformer.moe_layers
         self._copy_bytes = sum(part.nbytes for part in self._parts(self._ffns[0], 0)) * rank.at.expert_tp
         self._base: tuple[torch.Tensor, float] | None = None

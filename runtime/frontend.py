@@ -21,6 +21,7 @@ from runtime.formation import Formation, first_formation
 from runtime.launch import RankProcesses
 from runtime.layout import layouts
 from runtime.options import EngineOptions
+from runtime.records import StepRecords
 from runtime.recovery import Recovered, Recovery, fresh
 from runtime.requests import check_request
 from runtime.routing_record import write_routing
@@ -44,7 +45,7 @@ class Frontend:
     requests with it, from their tokens; else, and when there is no way on, every request ends with RankFailed.
 
     `plan` is what was asked for; `formation` what there is. Ranks are those of the formation, seats their processes.
-    `steps` keeps a record of every step and `finished_flights` every request that ended, when `options.record`.
+    `records` are of every step and `finished_flights` every request that ended, when `options.record`.
     """
 
     def __init__(self, plan: Plan, model: ModelSpec, options: EngineOptions | None = None) -> None:
@@ -54,9 +55,9 @@ class Frontend:
         self.formation = first_formation(plan)
         self.targets = Targets(plan, ranks, self.options.seed)
         self.max_context = model.max_context
-        self.ready: dict[int, Message] = {}
-        self.totals: dict[int, Message] = {}
-        self.steps: list[Message] = []
+        self.ready, self.totals = dict[int, Message](), dict[int, Message]()
+        self.records = StepRecords()
+        self.records.form(0, self.formation.seats, self.targets.targets)
         self.finished_flights: list[Flight] = []
         self.recoveries, self.rebalances = list[Recovered](), list[Message]()
         self.failure: EptwinError | None = None
@@ -73,8 +74,7 @@ class Frontend:
         self._wakes: dict[int, int] = {}
         self._next_id = 0
         self._submitted = self._finished = 0
-        self._started = asyncio.Event()
-        self._quiet = asyncio.Event()
+        self._started, self._quiet = asyncio.Event(), asyncio.Event()
         self._farewells: set[int] = set()
         self._all_left = asyncio.Event()
         self._draining = self._stopped = False
@@ -206,7 +206,7 @@ class Frontend:
 
     def forget(self) -> None:
         """Drop what was recorded so far (a warm-up)."""
-        self.steps.clear()
+        self.records.clear()
         self.finished_flights.clear()
         self._handovers.moved_bytes = 0
 
@@ -253,6 +253,8 @@ class Frontend:
                     self._farewells.add(seat)
                     if self._farewells >= self._writers.keys():
                         self._all_left.set()
+                elif event == "records":
+                    self.records.hear(message)
                 elif self._recovering is not None and event in ("here", "ready"):
                     self._recovery.hear(seat, message)
                 elif message["formation"] == self.formation.number and seat in self.formation.seats:
@@ -323,9 +325,6 @@ class Frontend:
             flight = self._flights.get(request_id)
             if flight is not None and flight.finish_reason is None:
                 self._handovers.begin(flight, blocks)
-        if "record" in message:
-            self.steps.append({**message["record"], "pool": target.pool, "instance": target.instance, "dp_rank": target.dp_rank,
-                               "rank": target.leader, "formation": self.formation.number})
 
     # Ends
 
@@ -372,6 +371,7 @@ class Frontend:
         plan = self.formation.plan
         self.recoveries.append(done)
         self.targets = Targets(plan, layouts(plan, self.model), self.options.seed, self.formation.origins)
+        self.records.form(self.formation.number, self.formation.seats, self.targets.targets)
         self._handovers.start_over(self.targets)
         self.max_context = min(message["max_context"] for message in self.ready.values())
         self._recovering = None

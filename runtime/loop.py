@@ -26,6 +26,7 @@ from runtime.compiles import compiles
 from runtime.control import Control, Message
 from runtime.eplb import rebalancer
 from runtime.rank import Rank
+from runtime.records import IDLE, StepLog, did
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
 from runtime.transfer import start_receive, start_send
@@ -65,7 +66,8 @@ class StepLoop:
     """Runs until `stop`. Leaders (the first TP rank of a DP rank) schedule and sample; their TP peers follow."""
 
     def __init__(self, rank: Rank, control: Control, clock: Clock, *, record: bool) -> None:
-        self.rank, self.control, self.clock, self.record = rank, control, clock, record
+        self.rank, self.control, self.clock = rank, control, clock
+        self.log = StepLog(control.send) if record else None
         self._desk = Desk(rank, control) if rank.at.is_leader else None
         self._drafter = None if rank.mtp is None else MtpDrafter(rank.mtp, rank.kv[-1], rank.pool, rank.groups.tp, clock.within,
                                                                  alone=rank.at.world == 1)
@@ -73,20 +75,24 @@ class StepLoop:
         self._wake = self._slept_at = 0
         self._idle = True
         self._told_to_stop = self._stopped = False
-        self._began = self._ended = self._cpu_s = 0.0
+        self._began = self._ended = self._cpu_s = self._step_cpu_s = 0.0
         self._rounds = 0
         self.working: list[int] = []  # requests that this rank deals with just now
 
     def run(self) -> None:
         """Take steps until told to stop. Raises PeerLost when another rank is gone."""
-        while not self._stopped:
-            self.working = []
-            if self._idle:
-                self.clock.mark("idle")
-            for message in self.control.drain(wait=self._idle):
-                self._hear(message)
-            if not self._idle or self._wake > self._slept_at or self._told_to_stop:
-                self._round()
+        try:
+            while not self._stopped:
+                self.working = []
+                if self._idle:
+                    self.clock.mark("idle")
+                for message in self.control.drain(wait=self._idle):
+                    self._hear(message)
+                if not self._idle or self._wake > self._slept_at or self._told_to_stop:
+                    self._round()
+        finally:
+            if self.log is not None:
+                self.log.flush()  # whatever ends this formation
         self.clock.mark("done")
 
     def close(self) -> None:
@@ -130,12 +136,14 @@ class StepLoop:
         if not agreed.works:
             if agreed.all_heard:
                 self._idle, self._slept_at = True, self._wake
+                if self.log is not None:
+                    self.log.flush()
                 if self._desk is not None:
                     self._desk.tell_load()
             return
         self._rounds += 1
         if self._rebalancer is not None:
-            if not self.record:
+            if self.log is None:
                 self.clock.take()
             self._rebalancer.step(agreed.milestone)
         self.working = [*plan.decode, *(chunk.request_id for chunk in plan.prefill)]
@@ -146,6 +154,8 @@ class StepLoop:
         if self._desk is not None:
             self._desk.tell_starts(plan)
         logits, greedy, states = self._forward(segments, agreed)
+        if self.log is not None:
+            self.log.send_due()  # a device is busy now
         taken = None
         if self._desk is not None and not plan.is_empty:
             self.clock.mark("sample")
@@ -156,13 +166,15 @@ class StepLoop:
             self._drafter.follow(segments, owners, states, agreed.capacity)
         if self.rank.progress is not None:
             self.rank.progress.end()
+        parts = self._end_step() if self.log is not None else {}
+        news: Message | None = None
         if self._desk is not None and taken is not None:
-            record = self._step_record(plan, segments)
             self.clock.mark("book")
-            self._desk.book(plan, taken, scheduled_at, record)
-        elif self.record:
-            self.clock.take()
-            self._ended = time.monotonic()
+            news = self._desk.book(plan, taken, scheduled_at)
+        if self.log is not None:
+            self._write_down(self.log, parts, plan, segments, taken, news)
+        if news is not None:
+            self.control.send(news)
 
     def _agree(self, has_work: bool, plan_size: int, segments: list[Segment]) -> Round:
         at, group, decode = self.rank.at, self.rank.groups.control, self.rank.decode
@@ -209,18 +221,22 @@ class StepLoop:
             states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) if overlaps else agreed.capacity)
             return model.head(states[logit_rows(steps)]), None, states
 
-    def _step_record(self, plan: StepPlan, segments: list[Segment]) -> Message | None:
-        """What this step was, in the cost model's words (StepBatch); times on the machine's monotonic clock."""
-        if not self.record:
-            return None
+    def _end_step(self) -> dict[str, float]:
+        """A step's times end here, on the machine's monotonic clock; its seconds by phase."""
         self._ended, cpu_s = time.monotonic(), time.process_time()
-        cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
-        parts = {name: round(seconds, 7) for name, seconds in self.clock.take().items()}
-        decodes = len(plan.decode)
-        return {"start": self._began, "end": self._ended, "cpu_s": cpu_s, "parts": parts, "round": self._rounds,
-                "decode_seqs": decodes, "decode_context": sum(s.start + 1 for s in segments[:decodes]),
-                "prefill_seqs": len(plan.prefill), "prefill_tokens": plan.prefill_tokens, "tokens": plan.total_tokens,
-                "prefill_context": sum(len(s.token_ids) * (s.start + len(s.token_ids) / 2) for s in segments[decodes:])}
+        self._step_cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
+        return self.clock.take()
+
+    def _write_down(self, log: StepLog, parts: dict[str, float], plan: StepPlan, segments: list[Segment], taken: Taken | None,
+                    news: Message | None) -> None:
+        """Add the step to the log. What is known of it leaves before the news that ends the last request."""
+        what, load = IDLE, None
+        if taken is not None and news is not None:
+            load = news["load"]
+            what = did(plan, segments, len(taken.out), load[2], taken.drafted, taken.stood)
+        log.add(self._began, self._ended, self._step_cpu_s, self._rounds, parts, what)
+        if load is not None and not load[0] and not load[1]:
+            log.flush()
 
 
 @dataclass
@@ -305,8 +321,8 @@ class Desk:
                 taken.hold.add(request.request_id)
         return taken
 
-    def book(self, plan: StepPlan, taken: Taken, began_at: float, record: Message | None) -> None:
-        """Tell the scheduler who ended and the front end what happened."""
+    def book(self, plan: StepPlan, taken: Taken, began_at: float) -> Message:
+        """Tell the scheduler who ended; what the front end is to hear of it."""
         began = [c.request_id for c in plan.prefill if not self._requests[c.request_id].began]
         for request_id in began:
             self._requests[request_id].began = True
@@ -322,9 +338,7 @@ class Desk:
             news["drafts"] = [taken.drafted, taken.stood]
         if plan.preempted:
             news["preempted"] = list(plan.preempted)
-        if record is not None:
-            news["record"] = {**record, "kv": news["load"][2], "made": len(taken.out), "drafts": [taken.drafted, taken.stood]}
-        self.control.send(news)
+        return news
 
     def tell_load(self) -> None:
         """Tell the front end how things stand before going to sleep."""

@@ -33,7 +33,8 @@ _SERIES_POINTS = 240
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an instance: all its DP ranks together. Seconds from the run's start; `parts` a mean over ranks."""
+    """One step of an instance: all its DP ranks together. Seconds from the run's start; `parts` a mean over `ranks`, those
+    that had work; `others` are TP followers and ranks without any, which took the step with them."""
 
     pool: int
     instance: int
@@ -41,6 +42,7 @@ class Step:
     end_s: float
     ranks: tuple[Record, ...]
     parts: dict[str, float]
+    others: tuple[Record, ...] = ()
 
     def total(self, field: str) -> float:
         return sum(rank[field] for rank in self.ranks)
@@ -68,7 +70,7 @@ def measure(frontend: Frontend, workload: WorkloadSpec, sent: Sequence[Flight], 
     gaps = [b - a for flight in sent if flight.request_id in counted for a, b in pairwise(flight.token_times)]
     gpus = frontend.plan.gpus
     summary = summarise(records, workload, gpus=gpus, usd_per_h=usd_per_h, itl_s=Summary.of(gaps))
-    steps = group_steps(frontend.steps, start)
+    steps = group_steps(frontend.records.steps, start, frontend.records.others)
     window = counted_window(records, open_loop=workload.arrivals.kind in ("poisson", "deterministic", "trace"))
     pools = tuple(_pool(frontend, index, pool, steps, window, sent, counted, start)
                   for index, pool in enumerate(frontend.plan.pools))
@@ -92,19 +94,26 @@ def _warnings(frontend: Frontend) -> tuple[str, ...]:
     return tuple(found)
 
 
-def group_steps(records: Iterable[Record], start: float) -> list[Step]:
-    """Steps in order of time, from the records of their DP ranks (those that had work)."""
-    groups: dict[tuple[int, int, tuple[int, int]], list[Record]] = {}
-    for record in records:
-        number = record.get("formation", 0), record["round"]  # rounds are counted anew when ranks re-form
-        groups.setdefault((record["pool"], record["instance"], number), []).append(record)
+def group_steps(records: Iterable[Record], start: float, others: Iterable[Record] = ()) -> list[Step]:
+    """Steps in order of time, from the records of their DP ranks that had work, and of others that took part."""
+    groups, beside = _by_step(records), _by_step(others)
     steps = []
-    for (pool, instance, _), ranks in groups.items():
+    for key, ranks in groups.items():
+        pool, instance, *_ = key
         names = sorted({name for rank in ranks for name in rank["parts"]})
         parts = {PARTS.get(n, n): sum(r["parts"].get(n, 0.0) for r in ranks) / len(ranks) for n in names if n in PARTS}
         steps.append(Step(pool, instance, min(r["start"] for r in ranks) - start, max(r["end"] for r in ranks) - start,
-                          tuple(sorted(ranks, key=lambda r: r["dp_rank"])), parts))
+                          tuple(sorted(ranks, key=lambda r: r["dp_rank"])), parts, tuple(beside.get(key, ()))))
     return sorted(steps, key=lambda step: (step.end_s, step.pool, step.instance))
+
+
+def _by_step(records: Iterable[Record]) -> dict[tuple[int, ...], list[Record]]:
+    """Records by (pool, instance, formation, round): rounds are counted anew when ranks re-form."""
+    groups: dict[tuple[int, ...], list[Record]] = {}
+    for record in records:
+        key = record["pool"], record["instance"], record.get("formation", 0), record["round"]
+        groups.setdefault(key, []).append(record)
+    return groups
 
 
 def _record(flight: Flight, start: float, base: dict[tuple[int, int], int]) -> RequestRecord:
@@ -231,24 +240,30 @@ def _one_series(name: str, unit: str, times: np.ndarray, values: np.ndarray) -> 
 
 def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], start: float,
            base: dict[tuple[int, int], int]) -> list[Record]:
-    """Chrome trace events: a process an instance, a thread a DP rank; steps with their parts, and KV transfers."""
+    """Chrome trace events: a process an instance, a thread a DP rank, and after these one each further TP rank; steps with
+    their parts, and KV transfers. A TP follower's step is named by what its leader did."""
     events: list[Record] = []
     for target in frontend.targets.targets:
-        pid = base[target.pool, target.instance]
+        pid, pool = base[target.pool, target.instance], frontend.plan.pools[target.pool]
         if target.dp_rank == 0:
             events.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0,
                            "args": {"name": f"{target.plan.role} instance {target.instance}"}})
         events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": target.dp_rank,
                        "args": {"name": f"DP rank {target.dp_rank}"}})
+        events += [{"name": "thread_name", "ph": "M", "pid": pid, "tid": _thread(pool, target.dp_rank, tp_rank),
+                    "args": {"name": f"DP rank {target.dp_rank}, TP rank {tp_rank}"}} for tp_rank in range(1, pool.tp)]
     heads = len(events)
     for step in steps[:_MAX_TRACE]:
-        for rank in step.ranks:
+        did = {rank["dp_rank"]: rank for rank in step.ranks}
+        for rank in (*step.ranks, *step.others):
             parts = {PARTS.get(name, name): round(seconds * 1e6, 1) for name, seconds in rank["parts"].items() if name in PARTS}
-            name = f"{rank['decode_seqs']} decode + {rank['prefill_tokens']} prompt tokens"
-            events.append({"name": name, "ph": "X", "cat": "step", "pid": base[step.pool, step.instance], "tid": rank["dp_rank"],
+            what = did.get(rank["dp_rank"], rank)
+            name = f"{what['decode_seqs']} decode + {what['prefill_tokens']} prompt tokens"
+            thread = _thread(frontend.plan.pools[step.pool], rank["dp_rank"], rank.get("tp_rank", 0))
+            events.append({"name": name, "ph": "X", "cat": "step", "pid": base[step.pool, step.instance], "tid": thread,
                            "ts": _us(rank["start"] - start), "dur": _us(rank["end"] - rank["start"]),
-                           "args": {**parts, "unit": "us", "decode_seqs": rank["decode_seqs"],
-                                    "prefill_tokens": rank["prefill_tokens"]}})
+                           "args": {**parts, "unit": "us", "decode_seqs": what["decode_seqs"],
+                                    "prefill_tokens": what["prefill_tokens"]}})
     for flight in sent:
         if flight.transfer is not None and flight.decoder is not None and len(events) < 2 * _MAX_TRACE:
             here = {"pid": base[flight.entry.pool, flight.entry.instance], "tid": flight.entry.dp_rank}
@@ -259,6 +274,11 @@ def _trace(frontend: Frontend, steps: Sequence[Step], sent: Sequence[Flight], st
                        {**what, **here, "ph": "e", "ts": ended}, {**what, **here, "ph": "s", "ts": began},
                        {**what, **there, "ph": "f", "bp": "e", "ts": ended}]
     return events[:heads] + sorted(events[heads:], key=lambda e: (e["ts"], e["pid"], e["tid"]))
+
+
+def _thread(pool: PoolPlan, dp_rank: int, tp_rank: int) -> int:
+    """A rank's thread in the trace: leaders by their DP rank, then everybody else."""
+    return dp_rank if tp_rank == 0 else pool.dp + dp_rank * (pool.tp - 1) + tp_rank - 1
 
 
 def _us(seconds: float) -> float:

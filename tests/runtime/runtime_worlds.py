@@ -20,6 +20,7 @@ from runtime.clock import Clock
 from runtime.loop import StepLoop
 from runtime.options import EngineOptions
 from runtime.rank import Rank, build_rank
+from runtime.records import unpack_rows
 from runtime.sampling import sample, uniform
 from runtime.types import SamplingParams
 from twin.spec.model import ModelSpec
@@ -186,7 +187,7 @@ def serve(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str | None,
             for place, count in enumerate(step):
                 total[place] += count
         served.preempted += message.get("preempted", ())
-        served.records += [message["record"]] if "record" in message else []
+        served.records += [step for step in unpack_rows(message) if step["tokens"]] if message["ev"] == "records" else []
     return served
 
 

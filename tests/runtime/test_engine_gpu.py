@@ -68,8 +68,8 @@ def test_two_ranks_decode_in_graphs(shared: object, cut: dict[str, object]) -> N
     plan = Plan(pools=(PoolPlan(**{**POOL, **cut}),))
     captured, tokens = run(plan, 5, **options)
     plain, wanted = run(plan, 5, graphs=False, **options)
-    assert any("graph" in step["parts"] for step in captured.steps)
-    assert not any("graph" in step["parts"] for step in plain.steps)
+    assert any("graph" in step["parts"] for step in captured.records.steps)
+    assert not any("graph" in step["parts"] for step in plain.records.steps)
     assert all(len(one) == LONG for one in tokens)
     same = sum(a == b for one, other in zip(tokens, wanted, strict=True) for a, b in zip(one, other, strict=True))
     assert same >= 0.25 * 5 * LONG
@@ -84,7 +84,7 @@ def test_experts_move_under_captured_graphs(shared: object) -> None:
     plan = Plan(pools=(PoolPlan(**{**POOL, "eplb": Eplb(window_steps=60, period_steps=120, budget_bytes=1 << 20)}),))
     engine, tokens = run(plan, 240, backend="triton", dtype="bf16")
     assert any(cycle["copies"] for cycle in engine.rebalances), engine.rebalances
-    assert any("graph" in step["parts"] for step in engine.steps)
+    assert any("graph" in step["parts"] for step in engine.records.steps)
     firsts = [[one[:2] for one in tokens[i::len(PROMPTS)]] for i in range(len(PROMPTS))]
     agree = sum(max(map(one.count, one)) for one in firsts)
     assert agree >= 0.9 * len(tokens)

@@ -267,7 +267,7 @@ def test_prompts_computed_elsewhere_bring_the_modules_kv(tmp_path: Path) -> None
             assert f'position="1",role="decode"}} {float(decode.stood[1])}' in metrics
         finally:
             await frontend.stop()
-        shares = draft_shares(group_steps(frontend.steps, 0.0))
+        shares = draft_shares(group_steps(frontend.records.steps, 0.0))
         assert shares == tuple(round(s / d, 6) for s, d in zip(decode.stood, decode.drafted, strict=True))
 
     asyncio.run(work())
