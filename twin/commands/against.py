@@ -45,6 +45,8 @@ def against(file: Path, limit: int | None, split: Split, seed: int, deployments:
         return
     for verdict in verdicts:
         click.echo(readable(_line(verdict), _LINE_CHARS))
+        for note in verdict.answer.notes if verdict.answer is not None else ():
+            click.echo(f"  note: {readable(note, _LINE_CHARS)}")
     click.echo("\n" + _tables(summary))
 
 

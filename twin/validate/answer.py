@@ -74,7 +74,7 @@ class Answers:
     def answer(self, question: Question) -> Answer:
         """Predict one row. Raises SpecError where the cost model refuses the plan."""
         isl, osl = means_of(question)
-        notes: list[str] = []
+        notes = doubts_of(question)
         entry: list[Worker] = []
         decode: list[Worker] = []
         costs: list[CostModel] = []
@@ -84,7 +84,10 @@ class Answers:
             costs.append(model)
             seqs = -(-question.concurrency // (pool.dp * pool.instances)) + (8 if pool.instances > 1 else 0)
             times = StepTimes(model, seqs, isl + osl, serving.budget_tokens, float(isl))
-            workers = [Worker(times, serving, pool.role, room_of(model, notes)) for _ in range(pool.instances)]
+            room = room_of(model, notes)
+            if isl + osl > room:
+                notes.append(f"a request of {isl + osl} tokens does not fit the {pool.role} pool's KV cache of {room:.0f}")
+            workers = [Worker(times, serving, pool.role, room) for _ in range(pool.instances)]
             (decode if pool.role == "decode" else entry).extend(workers)
         loop = self._loop(question, entry, decode, costs)
         return _answer(question, loop, costs[-1], notes, self.deployments or load_deployments())
@@ -114,6 +117,21 @@ def serving_for(question: Question) -> Serving:
     if question.recipe is None:
         return serving
     return served_as(question.recipe, serving, question.row.count("isl"), users, question.plan.pools[0].mtp_draft_tokens)
+
+
+def doubts_of(question: Question) -> list[str]:
+    """What of a row cannot have been as it says; it is answered all the same."""
+    notes = []
+    longest = question.row.count("isl") + question.row.count("osl")
+    if longest > question.model.max_context:
+        notes.append(f"{longest} tokens exceed the model's context of {question.model.max_context}")
+    for pool in question.plan.pools:
+        prefix = "" if pool.role == "mixed" else f"{pool.role}_"
+        moe_tp, moe_ep = question.row.count(prefix + "moe_tp_size"), question.row.count(prefix + "moe_ep_size")
+        if question.model.moe is not None and moe_tp * moe_ep not in (1, pool.world):
+            notes.append(f"{prefix}moe_tp_size {moe_tp} times {prefix}moe_ep_size {moe_ep} are not the {pool.world} ranks of "
+                         f"attention: taken as EP {pool.ep}")
+    return notes
 
 
 def room_of(costs: CostModel, notes: list[str]) -> float:
@@ -153,6 +171,10 @@ def _answer(question: Question, loop: Loop, costs: CostModel, notes: list[str], 
     width = math.hypot(math.log(step.high_s / step.total_s), _LEAST_WIDTH)
     keys = keys_of(plan.engine, question.cluster.groups[0].gpu, question.model, plan.precision, pool)
     tpot, ttft = (math.exp(width * times) for times in deployments.widths_of(keys, len(plan.pools) > 1))
-    return Answer(loop.ttft_s, loop.tpot_s, loop.ttft_s / ttft, loop.ttft_s * ttft, loop.tpot_s / tpot, loop.tpot_s * tpot,
+    tpot_s = loop.tpot_s
+    if question.row.count("osl") == 1:  # there is no second token to wait for
+        tpot_s = step.total_s
+        notes.append("one token comes out: TPOT is a decode step's")
+    return Answer(loop.ttft_s, tpot_s, loop.ttft_s / ttft, loop.ttft_s * ttft, tpot_s / tpot, tpot_s * tpot,
                   step.parts_s, {key: str(source) for key, source in step.sources.items()}, tuple(notes), width,
                   deployments.near(keys))

@@ -184,7 +184,7 @@ def _backend(text: str) -> str:
 
 
 def _system(text: str) -> str:
-    name = text.lower().replace("-", "_")
+    name = re.sub(r"_(nvl72|sxm[0-9])$", "", text.lower().replace("-", "_"))
     return name if name in SYSTEMS or f"{name}_sxm" not in SYSTEMS else f"{name}_sxm"
 
 
@@ -223,7 +223,7 @@ def question_of(row: Row, base: Path = Path()) -> Question | Unanswered:
         return Unanswered(row, error.problems[0].message)
     except ValidationError as error:  # sizes beyond what a plan or a cluster may have
         first = error.errors(include_url=False)[0]
-        return Unanswered(row, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300])
+        return Unanswered(row, f"sizes are beyond what the twin takes: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:300])
 
 
 def _pools(row: Row, model: ModelSpec) -> Question | Unanswered:

@@ -50,6 +50,17 @@ def test_more_users_and_longer_prompts_take_longer(tmp_path: Path) -> None:
     assert few.tpot_s < many.tpot_s and few.ttft_s < many.ttft_s and few.ttft_s < long.ttft_s
 
 
+def test_what_cannot_have_been_as_a_row_says_is_noted(tmp_path: Path) -> None:
+    base = {**AGG, "isl": "4000", "osl": "8"}
+    rows = [base, {**base, "osl": "1"}, {**base, "isl": "300000"}, {**base, "moe_ep_size": "16"}]
+    plain, one, long, uneven = (v.answer for v in judge(write(tmp_path / "rows.csv", *rows)))
+    assert plain is not None and one is not None and long is not None and uneven is not None
+    assert plain.notes == () and "decode step" in one.notes[0] and "context" in long.notes[0] and "ranks" in uneven.notes[0]
+    assert one.tpot_low_s <= one.tpot_s <= one.tpot_high_s and one.tpot_s < 2 * plain.tpot_s
+    done = CliRunner().invoke(cli, ["validate", "against", str(tmp_path / "rows.csv")])
+    assert done.output.count("note: ") == 3
+
+
 def test_the_command_prints_json_and_is_the_same_each_time(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", AGG, {**AGG, "system": "tpu"})
     first, again = (CliRunner().invoke(cli, ["validate", "against", str(path), "--json"]) for _ in range(2))

@@ -58,7 +58,7 @@ def test_separated_rows_have_two_pools_and_count_users_of_all_decode_workers(tmp
 @pytest.mark.parametrize(("changes", "says"), [
     ({"tp_size": "16", "moe_tp_size": "4", "moe_ep_size": "4"}, "mistake of the collection"),
     ({"backend": "lmdeploy"}, "engine"), ({"system": "tpu_v7"}, "system"), ({"model_path": "who/knows"}, "no preset"),
-    ({"attention_dp_size": "1000000"}, "dp: "), ({"model_path": "x" * 400}, "no preset"),
+    ({"attention_dp_size": "1000000"}, "beyond"), ({"model_path": "x" * 400}, "no preset"),
     ({"pp_size": "2", "tp_size": "2"}, "pipeline"), ({"moe_quant_mode": "int3"}, "format"), ({"mode": "both"}, "mode")])
 def test_a_row_that_cannot_be_answered_says_why(tmp_path: Path, changes: dict[str, str], says: str) -> None:
     found = ask(tmp_path, **changes)
@@ -108,7 +108,8 @@ def test_a_row_without_a_measurement_is_still_a_question(tmp_path: Path, value: 
 
 @pytest.mark.parametrize(("engine", "system", "means"), [
     ("vLLM", "H200", ("vllm", "h200_sxm")), ("dynamo-trt", "b200", ("trtllm", "b200_sxm")),
-    ("TensorRT-LLM", "GB200", ("trtllm", "gb200")), ("dynamo-sglang", "b300-sxm", ("sglang", "b300_sxm"))])
+    ("TensorRT-LLM", "GB200", ("trtllm", "gb200")), ("dynamo-sglang", "b300-sxm", ("sglang", "b300_sxm")),
+    ("sglang", "GB200_NVL72", ("sglang", "gb200")), ("vllm", "h100-sxm5", ("vllm", "h100_sxm"))])
 def test_engines_and_systems_under_other_names(tmp_path: Path, engine: str, system: str, means: tuple[str, str]) -> None:
     q = ask(tmp_path, backend=engine, system=system)
     assert isinstance(q, Question) and (q.row.texts["backend"], q.row.texts["system"]) == means
