@@ -49,6 +49,7 @@ from twin.spec.scenario import Routing
 
 _CPU_RESERVED_BYTES = 300e6
 _UNMEASURED: dict[str, Source] = {"host": "assumed", "engine": "calibrated"}
+LIMITS = ("max_num_seqs", "max_batch_tokens", "chunk_tokens", "block_tokens", "kv_blocks", "memory_fraction")
 _FIRST_AMOUNT = INDEX["tokens"]  # features from here on halve with the batch; those before are indicators
 
 
@@ -90,7 +91,10 @@ class CostModel:
         self.site = Site(model, pool, plan.precision, engine, group.gpu, self.network, gpus, default_efficiency(group.gpu),
                          protocol, shares, placement, interpolator, alone)
         self.extents = Extents.of(model, pool.mtp_draft_tokens)
-        self._graph_sizes = np.array(engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
+        self._limit(pool)
+
+    def _limit(self, pool: PoolPlan) -> None:
+        self._graph_sizes = np.array(self.site.engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
         self._memory: Memory | None = None
 
     # --- compiled stacks, built when first asked for
@@ -131,6 +135,15 @@ class CostModel:
         if not (self.pool.mtp_draft_tokens or self.holds_mtp):
             return None
         return build_stack(self.site, self._shared, draft_model(self.model), draft=True)
+
+    def limited(self, plan: Plan, pool: PoolPlan) -> CostModel:
+        """A pool of another plan that differs from this one in nothing but `LIMITS`: what was compiled for this serves it too."""
+        other = copy.copy(self)
+        for of_plan in ("holds_mtp", "_drafts"):
+            other.__dict__.pop(of_plan, None)
+        other.plan, other.pool, other.site = plan, pool, replace(self.site, pool=pool)
+        other._limit(pool)
+        return other
 
     def relaid(self, popularity_LE: Array, placement: Placement) -> CostModel:
         """The same pool with experts of another popularity, placed otherwise."""
@@ -173,7 +186,7 @@ class CostModel:
 
     def step_s(self, batch: StepBatch) -> float:
         """`step(batch).total_s` without the parts."""
-        return float(self._steps_s(batch)[0])
+        return float(self.steps_s(batch)[0])
 
     def decode_s(self, seqs: npt.ArrayLike, context: npt.ArrayLike) -> Array:
         """Seconds of many pure decode steps: `seqs` sequences with `context` tokens in all on each rank.
@@ -184,11 +197,7 @@ class CostModel:
         if seqs_n.ndim == 1:
             seqs_n, context_n = seqs_n[:, None], context_n[:, None]
         none = np.zeros(seqs_n.shape)
-        return self._steps_s(StepBatch(seqs_n, context_n, none, none, none))
-
-    def steps_s(self, batch: StepBatch) -> Array:
-        """Seconds of many steps of any kind at once: arrays [n, d] -> [n]."""
-        return self._steps_s(batch)
+        return self.steps_s(StepBatch(seqs_n, context_n, none, none, none))
 
     def exchanged_tokens(self, batch: StepBatch) -> Array:
         """Tokens that each rank brings to the exchanges of a step, padding included: [..., d]."""
@@ -244,7 +253,8 @@ class CostModel:
         place = np.searchsorted(sizes, queries)
         return np.where((queries > 0) & (place < len(sizes)), sizes[np.minimum(place, len(sizes) - 1)], queries)
 
-    def _steps_s(self, batch: StepBatch) -> Array:
+    def steps_s(self, batch: StepBatch) -> Array:
+        """Seconds of many steps of any kind at once: arrays [n, d] -> [n]."""
         x = self._features(batch)
         x = x[None] if x.ndim == 2 else x
         tbo = self._overlaps(x)
@@ -380,8 +390,7 @@ class CostModel:
         along."""
         per_token = kv_block_bytes(self.model, self.plan.precision, self.pool, mtp=self.holds_mtp) / self.pool.block_tokens
         copies = 1 if self.model.attention.kind == "mla" else self.pool.tp
-        state = self.model.state_elements * 4.0
-        return tokens * per_token * copies + state
+        return tokens * per_token * copies + self.model.state_elements * 4.0
 
 
 def _halved(x: Array) -> Array:

@@ -179,19 +179,18 @@ class Network:
         used = sorted({link for route in routes for link in route})
         place = {link: i for i, link in enumerate(used)}
         crossing = np.zeros((len(used), len(flows)), dtype=bool)
-        for j, route in enumerate(routes):
-            crossing[[place[link] for link in route], j] = True
-        left = self.capacity[used].copy()
+        crossing[[place[link] for route in routes for link in route], [j for j, route in enumerate(routes) for _ in route]] = True
+        left, waiting = self.capacity[used], crossing.sum(axis=1)
         rates = np.full(len(flows), np.inf)
         open_flows = crossing.any(axis=0)
         while open_flows.any():
-            waiting = crossing[:, open_flows].sum(axis=1)
             share = np.where(waiting > 0, left / np.maximum(waiting, 1), np.inf)
             tightest = share.min()
             # all links at this share stop together, so that equal flows get bit-equal rates
             stopped = open_flows & crossing[share <= tightest * (1 + 1e-12)].any(axis=0)
             rates[stopped] = tightest
-            left = np.maximum(left - crossing[:, stopped].sum(axis=1) * tightest, 0.0)
+            spent = crossing[:, stopped].sum(axis=1)
+            left, waiting = np.maximum(left - spent * tightest, 0.0), waiting - spent
             open_flows &= ~stopped
         return rates
 

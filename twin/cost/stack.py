@@ -5,16 +5,18 @@ Legend of shapes: n steps, d DP ranks, f features, o operators.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array
 from twin.cost.collectives import Collective
 from twin.cost.comm import Exchange
 from twin.cost.experts import ExpertCost
 from twin.cost.interval import joined, plain
-from twin.cost.measured import Evidence, Measured
+from twin.cost.measured import Evidence, Measured, RowTable
 from twin.cost.overlap import Half
 from twin.cost.roofline import OpTable
 
@@ -25,6 +27,7 @@ _EARLY = {"attention/absorb": 0.5, "attention/kv_write": 1.0, "norm": 0.5, "smal
 _LATE = {"attention/absorb": 0.5, "norm": 0.5, "small": 0.5, "attention/kv_read": 1.0, "attention/prefill": 1.0,
          "attention/kv_up": 1.0, "attention/state": 1.0, "attention/scan": 1.0, "attention/indexer": 1.0, "moe/gate": 1.0}
 _PROJECTIONS = "attention/projections"
+_KEPT, _KEPT_SIZE = 256, 4096  # batches whose token parts a stack remembers, and the numbers that such a batch has at most
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class Streams:
 
     compute: Array
     comm: Array
+
+
+@dataclass(frozen=True)
+class TokenParts:
+    """Seconds of what depends on tokens and rows alone: of operators by place among all [n, d], of experts' GEMMs and permutation
+    [n], of each exchange over NVLink and RDMA [n]; and which steps have tokens [n]."""
+
+    own: dict[int, Array]
+    experts: tuple[Array, Array] | None
+    exchanges: tuple[tuple[Array, Array], ...]
+    some: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class Stack:
     ranks: int  # DP ranks; a batch of one column stands for all of them alike
     layers: int = 1
     output_share: float = 0.5  # of the attention projections' work, the one after attention
+    _known: dict[bytes, TokenParts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def launches(self, x: Array) -> Array:
         """Kernels that the busiest rank launches: [n, d, f] -> [n]. A grouped expert FFN is six, an exchange three."""
@@ -64,20 +79,48 @@ class Stack:
     def streams(self, x: Array) -> Streams:
         """Totals of a pass over `x` [n, d, f] (or [n, 1, f], all ranks alike)."""
         rank_s = self.table.seconds(x).sum(axis=-1)
-        for own in (*self.measured, *self.collectives):
-            rank_s = rank_s + own.seconds(x)
+        known = self._of_tokens(x)
+        for place, own in enumerate(self._owns):
+            found = known.own.get(place)
+            rank_s = rank_s + (own.seconds(x) if found is None else found)
         compute: Array = rank_s.max(axis=-1)
         comm = np.zeros(len(x))
+        if known.experts is not None:
+            gemm_s, permute_s = known.experts
+            compute = compute + gemm_s + permute_s
+        for (_, exchange), (nvlink_s, rdma_s) in zip(self.exchanges, known.exchanges, strict=True):
+            wait_s = self.moe_layers * self.wait_s + compute * self.wait_share
+            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * known.some) + wait_s * known.some
+        return Streams(compute, comm)
+
+    @cached_property
+    def _owns(self) -> tuple[Measured | Collective, ...]:
+        return (*self.measured, *self.collectives)
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """The features that `TokenParts` follow from."""
+        return sorted({_TOKENS, *(own.feature for own in self._owns if isinstance(own, RowTable | Collective))})
+
+    def _of_tokens(self, x: Array) -> TokenParts:
+        """Remembered: a decode step differs from the last in its contexts, but seldom in tokens, which are padded to a graph."""
+        columns = x[..., self._columns]
+        if columns.size > _KEPT_SIZE:
+            return self._token_parts(x)
+        key = columns.tobytes() + bytes([x.shape[-2] == 1])
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            found = self._known[key] = self._token_parts(x)
+        return found
+
+    def _token_parts(self, x: Array) -> TokenParts:
         tokens = x[..., _TOKENS]
         total = tokens.sum(axis=-1) * self._alike(x)
-        if self.experts is not None:
-            gemm_s, permute_s = self.experts.seconds(total)
-            compute = compute + gemm_s + permute_s
-        for _, exchange in self.exchanges:
-            nvlink_s, rdma_s = exchange.seconds(tokens)
-            wait_s = self.moe_layers * self.wait_s + compute * self.wait_share
-            comm = comm + self.moe_layers * (nvlink_s + rdma_s + exchange.fixed_s * (total > 0)) + wait_s * (total > 0)
-        return Streams(compute, comm)
+        own = {place: own.seconds(x) for place, own in enumerate(self._owns) if isinstance(own, RowTable | Collective)}
+        return TokenParts(own, None if self.experts is None else self.experts.seconds(total),
+                          tuple(exchange.seconds(tokens) for _, exchange in self.exchanges), total > 0)
 
     def half(self, x: Array) -> Half:
         """A pass over one half batch [n, d, f], as two-batch overlap needs it."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from twin.cost.batch import StepBatch
 from twin.cost.choose import Costs, pool_costs
+from twin.cost.model import LIMITS, CostModel
 from twin.policy.arrivals import sample_requests
 from twin.spec.errors import Infeasible
 from twin.spec.plan import Plan, PoolPlan
@@ -25,6 +26,7 @@ from twin.spec.scenario import Scenario
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float64]
+_NO_LIMITS = {name: PoolPlan.model_fields[name].default for name in LIMITS}
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class Bounds:
         self.scenario = scenario
         self.isl, self.osl = mean_lengths(scenario)
         self._models: dict[PoolPlan, Costs] = {}
+        self._shapes: dict[PoolPlan, CostModel] = {}  # the last of each shape, whatever its limits: it has what others compiled
         self._pools: dict[PoolPlan, PoolBound] = {}
 
     def cost_model(self, plan: Plan, pool: PoolPlan) -> Costs:
         """One cost model for each different pool; how many instances there are does not change its steps."""
         key = alone(pool)
         if key not in self._models:
-            self._models[key] = pool_costs(self.scenario, plan, key, seed=self.scenario.seed)
+            shape = key.model_copy(update=_NO_LIMITS)
+            like = self._shapes.get(shape)
+            made = like.limited(plan, key) if like is not None else pool_costs(self.scenario, plan, key, seed=self.scenario.seed)
+            self._models[key] = made
+            if isinstance(made, CostModel):
+                self._shapes[shape] = made
         return self._models[key]
 
     def pool(self, plan: Plan, pool: PoolPlan) -> PoolBound:

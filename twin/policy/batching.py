@@ -111,27 +111,29 @@ class BatchScheduler:
         """Steps that will run unchanged without arrivals: one token for every running request, none admitted,
         pre-empted or in prefill. The last of them may end requests. 0 when the next step is anything else.
         """
+        return 0 if self._next_differs() else self._rows.steps_that_fit()
+
+    def _next_differs(self) -> bool:
+        """Whether the next step is anything but a decode of all that runs."""
         if self._prefilling or not len(self._rows):
-            return 0
+            return True
+        head = self._head()
+        if head is None:
+            return False
         first = self.limits.prefill_first
         budget = self.limits.max_batch_tokens - (0 if first else len(self._rows))
-        head = self._head()
         promised = 0 if first else self._rows.blocks_missing(1)
-        if head is not None and self._may_admit(head, budget, self._chunk_budget(budget), promised):
-            return 0
-        return self._rows.steps_that_fit()
+        return self._may_admit(head, budget, self._chunk_budget(budget), promised)
 
     def advance(self, steps: int) -> list[int]:
         """Apply `steps` <= `decode_only_steps()` decode steps at once, as that many `schedule` and `complete` would.
 
         Counts, phases and the ids that left are the same; only which physical block holds which tokens may differ.
         """
-        if not 0 <= steps <= self.decode_only_steps():
+        rows = self._rows
+        if steps and (steps < 0 or self._next_differs() or steps > rows.remaining.min() or not rows.grow_all(steps)):
             raise ValueError(f"cannot advance {steps} steps, only 0..{self.decode_only_steps()}")
         self._in_flight = None
-        rows = self._rows
-        grown = rows.grow_all(steps)
-        assert grown, "decode_only_steps promised these blocks"
         rows.computed[:] += steps
         rows.remaining[:] -= steps
         left = rows.leave(np.flatnonzero(rows.remaining == 0).tolist()) if steps else []

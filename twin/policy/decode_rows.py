@@ -131,6 +131,8 @@ class DecodeRows:
         """Reserve blocks for `width` more tokens in every row. False, and nothing changed, when some are missing."""
         lack = self.computed + width - self.room
         rows = np.flatnonzero(lack > 0)
+        if not len(rows):
+            return True
         more = -(-lack[rows] // self._blocks.block_tokens)
         if more.sum() > self._blocks.num_free:
             return False

@@ -87,20 +87,28 @@ class RequestState:
 
 def check_request(limits: BatchLimits, blocks: Blocks, prompt: int, max_new: int, computed: int, generated: int) -> None:
     """Raise SpecError for a request of these tokens that could never run, even alone."""
-    problems = [Problem(message, field=field, expected=expected) for bad, field, message, expected in (
-        (prompt < 1, "prompt_tokens", f"is {prompt}", "at least 1"),
-        (max_new < 1, "max_new_tokens", f"is {max_new}", "at least 1"),
-        (not 0 <= generated < max(max_new, 1), "generated_tokens", f"is {generated}", f"0..{max_new - 1}"),
-        (not 0 <= computed < max(prompt + generated, 1), "computed_tokens", f"is {computed}",
-         f"0..{prompt + generated - 1}"),
-        (limits.max_context_tokens is not None and prompt + max_new > limits.max_context_tokens, "max_new_tokens",
-         f"prompt {prompt} + output {max_new} tokens exceed the context", f"at most {limits.max_context_tokens} together"),
-        (blocks.blocks_for(prompt + max_new - 1) > blocks.num_blocks, "max_new_tokens",
-         f"prompt {prompt} + output {max_new} tokens exceed the KV cache",
+    bad = (
+        prompt < 1,
+        max_new < 1,
+        not 0 <= generated < max(max_new, 1),
+        not 0 <= computed < max(prompt + generated, 1),
+        limits.max_context_tokens is not None and prompt + max_new > limits.max_context_tokens,
+        blocks.blocks_for(prompt + max_new - 1) > blocks.num_blocks,
+        limits.chunk_tokens is None and not generated and prompt - computed > limits.max_batch_tokens,
+    )
+    if not any(bad):
+        return
+    told = (
+        ("prompt_tokens", f"is {prompt}", "at least 1"),
+        ("max_new_tokens", f"is {max_new}", "at least 1"),
+        ("generated_tokens", f"is {generated}", f"0..{max_new - 1}"),
+        ("computed_tokens", f"is {computed}", f"0..{prompt + generated - 1}"),
+        ("max_new_tokens", f"prompt {prompt} + output {max_new} tokens exceed the context",
+         f"at most {limits.max_context_tokens} together"),
+        ("max_new_tokens", f"prompt {prompt} + output {max_new} tokens exceed the KV cache",
          f"at most {blocks.num_blocks * blocks.block_tokens + 1} together"),
-        (limits.chunk_tokens is None and not generated and prompt - computed > limits.max_batch_tokens,
-         "prompt_tokens", f"{prompt} tokens exceed a step and chunked prefill is off",
+        ("prompt_tokens", f"{prompt} tokens exceed a step and chunked prefill is off",
          f"at most max_batch_tokens = {limits.max_batch_tokens}"),
-    ) if bad]
-    if problems:
-        raise SpecError(problems)
+    )
+    raise SpecError([Problem(message, field=field, expected=expected)
+                     for wrong, (field, message, expected) in zip(bad, told, strict=True) if wrong])
