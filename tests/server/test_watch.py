@@ -15,7 +15,7 @@ from twin.cli import _code
 from twin.spec.errors import EptwinError
 from twin.spec.load import load_scenario
 from twin.spec.workload import WorkloadSpec
-from twin.validate.live import JUDGED, between, read_samples
+from twin.validate.live import JUDGED, Samples, between, read_samples
 
 STEP_S = 0.01
 LOAD = WorkloadSpec.model_validate({"arrivals": {"kind": "closed_loop", "concurrency": 4}, "isl": {"mean": 50.0},
@@ -78,6 +78,34 @@ def test_what_was_done_between_two_readings(prefix: str) -> None:
 def test_what_is_no_scrape(text: str) -> None:
     with pytest.raises(EptwinError, match="metrics"):
         read_samples(text)
+
+
+def test_numbers_that_are_none_and_traffic_that_cannot_be() -> None:
+    for word in ("NaN", "+Inf"):
+        with pytest.raises(EptwinError, match="in no number"):
+            read_samples(scrape(3) + f"eptwin:prompt_tokens_total {word}\n")
+        assert read_samples(scrape(3) + f"eptwin:some_gauge {word}\n") == read_samples(scrape(3))
+    long = [read_samples(scrape(n).replace('"128.0"', '"1e12"').replace('"64.0"', '"1e11"')) for n in (1, 90)]
+    window = between(long[0], {**long[1], ("request_prompt_tokens_sum", None): 1e14}, 1.0)
+    assert window is not None
+    with pytest.raises(EptwinError, match="cannot be"):
+        window.traffic(LOAD)
+
+
+def test_a_service_may_be_away_for_a_while(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str | None] = [scrape(10), None, scrape(3), scrape(20), scrape(40)]
+
+    def reading(_: str) -> Samples:
+        text = said.pop(0)
+        if text is None:
+            raise EptwinError("cannot reach it")
+        return read_samples(text)
+
+    monkeypatch.setattr("twin.commands.watch._scrape", reading)
+    assert _code(["watch", "http://127.0.0.1:9", "tiny_cpu", "--every", "0.1", "--windows", "4", "--json"]) == 0
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)["windows"]) == 2, "counted again from where it came back"
+    assert "waiting for it" in told.err and "was away" in told.err
 
 
 def test_the_command_compares_window_by_window(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

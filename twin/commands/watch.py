@@ -79,17 +79,29 @@ def watch(
 
 def _watch(base: str, question: Scenario, plan: Plan, every_s: float, windows: int, band: float | None, found: list[Comparison],
            show: Callable[[str], None] | None) -> None:  # fmt: skip
-    before, since, seen = _scrape(base), time.monotonic(), 0
+    before: Samples | None = _scrape(base)  # a service that is not there at first is a mistake; later it may come back
+    since, seen = time.monotonic(), 0
     while not windows or seen < windows:
         time.sleep(max(0.0, every_s - (time.monotonic() - since)))
-        after, now = _scrape(base), time.monotonic()
-        window, before, since, seen = between(before, after, now - since), after, now, seen + 1
+        try:
+            after = _scrape(base)
+        except EptwinError as error:
+            say(f"{error}; waiting for it")
+            before, since, seen = None, time.monotonic(), seen + 1
+            continue
+        now = time.monotonic()
+        window = None if before is None else between(before, after, now - since)
+        before, since, seen = after, now, seen + 1
         if window is None:
-            say("the service was started again")
+            say("the service was started again, or was away")
         elif not window.finished:
             say(f"no request finished in {window.seconds:.3g} s")
         else:
-            prediction = twin(question, plan, window)
+            try:
+                prediction = twin(question, plan, window)
+            except EptwinError as error:
+                say(f"no prediction of this window: {error}")
+                continue
             found.append(compare(prediction, window.measurement(question, plan), band=band, judged=JUDGED))
             if show is not None:
                 show(line(window, found[-1], prediction))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ValidationError
 
 from twin.spec.errors import EptwinError
 from twin.spec.plan import Plan
@@ -39,11 +40,15 @@ def read_samples(text: str) -> Samples:
     found: Samples = {}
     for name, labels, value in _SAMPLE.findall(text):
         edge = _EDGE.search(labels)
+        if not name.endswith(_GROWS):
+            continue  # gauges may be NaN, and are not asked for
         try:
-            key = (name, float(edge[1]) if edge else None)
-            found[key] = found.get(key, 0.0) + float(value)
+            key, number = (name, float(edge[1]) if edge else None), float(value)
         except ValueError:
-            raise EptwinError(f"/metrics tells {name} in no number") from None
+            number = np.nan
+        if not np.isfinite(number):
+            raise EptwinError(f"/metrics tells {name} in no number")
+        found[key] = found.get(key, 0.0) + number
     if (f"{_E2E}_count", None) not in found:
         raise EptwinError("/metrics has no request latencies by the names of eptwin or vLLM")
     return found
@@ -74,7 +79,14 @@ class Window:
 
     def traffic(self, asked: WorkloadSpec) -> WorkloadSpec:
         """The traffic that the service had: the rate that came (or, of a closed loop, the users that there must have been,
-        by Little's law), with lengths as they were."""
+        by Little's law), with lengths as they were. Raises EptwinError for what nobody can have sent."""
+        try:
+            return self._traffic(asked)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise EptwinError(f"/metrics tells traffic that cannot be: {first['msg']}, got {str(first['input'])[:40]}") from None
+
+    def _traffic(self, asked: WorkloadSpec) -> WorkloadSpec:
         isl, osl = self._lengths(_ISL), self._lengths(_OSL)
         if asked.arrivals.kind == "closed_loop":
             users = self.finished / self.seconds * ((self.mean(_E2E) or 0.0) + asked.arrivals.think_s)
@@ -118,5 +130,5 @@ class Window:
 
 def between(before: Samples, after: Samples, seconds: float) -> Window | None:
     """What was done between two readings; None when counters went back, as those of a service that was started again do."""
-    grown = {key: value - before.get(key, 0.0) for key, value in after.items() if key[0].endswith(_GROWS)}
+    grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
     return None if any(value < 0 for value in grown.values()) else Window(seconds, grown)
