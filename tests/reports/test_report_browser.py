@@ -51,7 +51,9 @@ def test_opens_offline_and_draws_every_figure(page: tuple[Any, list[str]]) -> No
 
 
 def test_narrow_and_dark(sample: Path, browser: Any) -> None:
-    with opened(browser, sample / "report.html", viewport={"width": 390, "height": 800}, color_scheme="dark") as (page, bad):
+    phone = {"viewport": {"width": 390, "height": 800}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}
+    with opened(browser, sample / "report.html", **phone) as (page, bad):
+        assert page.locator(".modebar-btn").count() == 0, "buttons would stand over the figures where nothing hovers"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 20, 27)"
         assert page.evaluate("getComputedStyle(document.querySelector('.plot text')).fill") == "rgb(228, 232, 238)"
