@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from twin.cost.engines import ENGINES, Engine
 from twin.cost.measured import RowTable
 from twin.cost.model import CostModel
 from twin.cost.serving import Serving
+from twin.spec.errors import EptwinError
 from twin.validate.answer import Answers, means_of, room_of, serving_for
 from twin.validate.closed_loop import Worker, run_loop
 from twin.validate.rows import Question, Unanswered, in_fit_half, question_of, read_rows
@@ -197,4 +199,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EptwinError as error:
+        sys.exit(f"error: {error}")

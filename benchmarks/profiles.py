@@ -10,6 +10,7 @@ Needs the extra `[silicon]`. Everything is seeded: the same wheel gives the same
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from twin.cost.holdout import Misses, across, hold_out, on_full_table, with_spre
 from twin.cost.profile import Profile, ProfileStore, Table, dump_profile, load_profile
 from twin.cost.silicon import ENGINES, SYSTEMS, default_root, import_silicon
 from twin.cost.thin import thin
+from twin.spec.errors import EptwinError
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "twin" / "cost" / "profiles"
@@ -153,4 +155,7 @@ def study(seed: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli()
+    try:
+        cli()
+    except EptwinError as error:
+        sys.exit(f"error: {error}")
