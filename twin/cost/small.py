@@ -23,7 +23,7 @@ from twin.spec.plan import PoolPlan
 _TYPICAL = 128.0  # tokens at which the interval is read
 _REPLICA_SPLIT_S = 24.5e-6
 """The split of a batch over redundant experts: two kernels, 22.0 and 2.5 us in a step of an R1 rank of EP 32 with 32 redundant
-experts and 48 sequences (H200, the launches that `benchmarks.step` lists). Whatever a batch holds, rounds over the same replicas
+experts and 48 sequences (H200, `h200_slice_r1_ep32_printed.json`). Whatever a batch holds, rounds over the same replicas
 follow one another; other sizes of EP were not measured with these kernels."""
 _ASSUMED_WIDTH = float(np.log(1.6))
 
