@@ -12,10 +12,11 @@ fp8 products are cut, as an engine does at its start (`runtime.tune`), and measu
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,7 @@ from runtime.tune import chains, tune
 from runtime.weights import load_weights
 from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
+from twin.spec.rundir import write_text
 from twin.validate.step import shorten
 
 _WARM = 3
@@ -224,6 +226,7 @@ def row_of(bench: Bench, phase: str, batch: int, context: int, made: int, second
             "expert_rows": load.expert_rows, "memory_bytes": torch.cuda.max_memory_allocated()}
 
 
+@functools.cache
 def measure_rates() -> Rates:
     """The ceilings of `benchmarks.timing`, and a row-wise scaled fp8 product of the same size."""
     ceilings = measure_ceilings()
@@ -261,20 +264,22 @@ def show_variants(found: Json) -> None:
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,
-           replays: int, rates: Rates, variants: bool) -> list[Json]:
+           replays: int, rates: Rates, variants: bool) -> Iterator[Json]:
     """Every batch at every context."""
-    rows = []
     for batch in batches:
         comm: ExpertComm = Local()
         if sliced:
             comm = SliceComm(draw_arrivals(bench.model, bench.at, batch, skew=skew, seed=1, device="cuda"))
         for context in contexts:
-            if phase == "decode":
-                rows.append(decode(bench, comm, batch, context, replays, rates, variants))
-            else:
-                rows.append(prefill(bench, comm, batch, context, replays, rates))
-            show(rows[-1])
-    return rows
+            row = (decode(bench, comm, batch, context, replays, rates, variants) if phase == "decode"
+                   else prefill(bench, comm, batch, context, replays, rates))
+            show(row)
+            yield row
+
+
+def keep(out: Path | None, record: Json) -> None:
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n")
 
 
 @click.command(help=__doc__)
@@ -305,8 +310,14 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
     model = shorten(load_model(name), layers)
     rates = measure_rates()
     bench = Bench(model, slice_layout(model, ep, redundant) if sliced else single(model), precision, block_tokens)
-    rows = points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates,
-                  variants=variants)
+    rows: list[Json] = []
+    record = {"model": name, "layers": model.layers, "ep": ep, "redundant": redundant, "rank_slice": sliced, "skew": skew,
+              "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
+              "provenance": {**provenance(commit), "method": __doc__}}
+    for row in points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates,
+                      variants=variants):
+        rows.append(row)
+        keep(out, record)  # a run that is cut off leaves what it had
     if hf:
         del bench
         gc.collect()
@@ -316,11 +327,7 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
             torch.cuda.empty_cache()
             click.echo(f"transformers, batch {row['batch']}: {row['hf_step_s'] * 1e3:.1f} ms, "
                        f"{row['hf_step_s'] / row['step_s']:.1f} times as long")
-    if out is not None:
-        record = {"model": name, "layers": model.layers, "ep": ep, "redundant": redundant, "rank_slice": sliced, "skew": skew,
-                  "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
-                  "provenance": {**provenance(commit), "method": __doc__}}
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        keep(out, record)
 
 
 if __name__ == "__main__":
