@@ -124,10 +124,7 @@ def decode(bench: Bench, comm: ExpertComm, batch: int, context: int, replays: in
     runner.run(segments)
     kernels = kernel_seconds(lambda: runner.again(batch))
     parts = _parts(bench, runner, segments)
-    rows = sum(comm.rows) if isinstance(comm, SliceComm) else batch * (bench.model.moe.top_k if bench.model.moe else 0)
-    rows = rows if isinstance(comm, SliceComm) else rows * bench.model.moe_layers
-    copied = sum(comm.rows) if isinstance(comm, SliceComm) else 0
-    load = Load(batch, float(batch * context), batch * context, batch, rows, copied)
+    load = Load(batch, float(batch * context), batch * context, batch, *expert_rows(bench.model, comm, batch))
     return {**row_of(bench, "decode", batch, context, batch, seconds, parts, load, rates), "kernels_s": kernels, **tried}
 
 
@@ -173,9 +170,16 @@ def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: in
     bench.phases.listening = False
     kernels = kernel_seconds(once)
     tokens = batch * length
-    rows = tokens * (bench.model.moe.top_k if bench.model.moe else 0) * bench.model.moe_layers
-    load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, rows)
+    load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, *expert_rows(bench.model, comm, tokens))
     return {**row_of(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "kernels_s": kernels}
+
+
+def expert_rows(model: ModelSpec, comm: ExpertComm, tokens: int) -> tuple[int, int]:
+    """Rows that the experts of all layers here get in a step of `tokens` own tokens, and how many of them are copied: those that
+    came to a slice, else every choice where it lies."""
+    if isinstance(comm, SliceComm):
+        return sum(comm.rows), sum(comm.rows)
+    return tokens * (model.moe.top_k if model.moe else 0) * model.moe_layers, 0
 
 
 def between(call: Callable[[], object], replays: int) -> list[float]:
@@ -258,23 +262,35 @@ def show_variants(found: Json) -> None:
         click.echo(f"        {seconds * 1e3:8.4f} ms  {name}")
     click.echo(f"    kernels for few rows: {whole}; {found['serves']} serves")
     for part in found["parts"]:
-        cuts = " ".join(name_of(Cut(**cut)) for cut in part["cuts"])
+        cuts = " ".join(map(_cut_word, part["cuts"]))
         seconds = [f"{name[:-2]} {part[name] * 1e6:6.1f} us, " for name in ("plain_s", "fused_s") if part[name] is not None]
-        click.echo(f"        {part['part']:9} {part['tokens']:3} tokens: {''.join(seconds)}{part['serves']} {cuts}")
+        rows = "long steps" if part["tokens"] is None else f"{part['tokens']:3} tokens"  # tiles serve prefills of any length
+        click.echo(f"        {part['part']:9} {rows}: {''.join(seconds)}{part['serves']} {cuts}")
+
+
+def _cut_word(cut: Json) -> str:
+    """A cut in a word: of a product of few rows, or of one in tiles (which has rows, `m`)."""
+    return "m{m}n{n}k{k}w{warps}s{stages}".format(**cut) if "m" in cut else name_of(Cut(**cut))
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,
            replays: int, rates: Rates, variants: bool) -> Iterator[Json]:
-    """Every batch at every context."""
+    """Every batch at every context. A row is given before it is shown: whatever showing it does, it is kept."""
     for batch in batches:
-        comm: ExpertComm = Local()
-        if sliced:
-            comm = SliceComm(draw_arrivals(bench.model, bench.at, batch, skew=skew, seed=1, device="cuda"))
         for context in contexts:
+            comm: ExpertComm = Local()
+            if sliced:
+                tokens = own_tokens(phase, batch, context)
+                comm = SliceComm(draw_arrivals(bench.model, bench.at, tokens, skew=skew, seed=1, device="cuda"))
             row = (decode(bench, comm, batch, context, replays, rates, variants) if phase == "decode"
                    else prefill(bench, comm, batch, context, replays, rates))
-            show(row)
             yield row
+            show(row)
+
+
+def own_tokens(phase: str, batch: int, context: int) -> int:
+    """Tokens of one step of a rank: one of each sequence in decode, all of each prompt in prefill."""
+    return batch if phase == "decode" else batch * context
 
 
 def keep(out: Path | None, record: Json) -> None:

@@ -20,6 +20,10 @@ from runtime.layout import RankLayout
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 
+_DRAWN = 1 << 17
+"""Tokens whose choices are drawn at a time: of 256 experts that takes 128 MiB, and a step of a wide instance's prompts has
+millions."""
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -45,6 +49,8 @@ class SliceComm:
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
         arrival = self._arrivals[self._turn]
+        if len(arrival.back_TK) != len(x_TH):
+            raise ValueError(f"arrivals were drawn for {len(arrival.back_TK)} tokens a rank, and {len(x_TH)} came to dispatch")
         self._turn = (self._turn + 1) % len(self._arrivals)
         return Dispatched(x_TH[arrival.source_N], arrival.slots_N1, arrival.weights_N1, arrival)
 
@@ -87,11 +93,8 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
     for _ in range(model.moe_layers):
         odds = skew * torch.randn(m.experts, generator=stream, device=device)
         odds[:at.slots - m.experts] += math.log(2)
-        noise = torch.rand(total, m.experts, generator=stream, device=device).clamp(min=1e-12)
-        ids = (odds - noise.log().neg().log()).topk(m.top_k, -1)[1]
-        extra = ids < at.slots - m.experts  # of two replicas, the second half of the time
-        slots = torch.where(extra & (torch.rand(ids.shape, generator=stream, device=device) < 0.5), ids + m.experts, ids)
-        local = slots[(slots >= at.local_slots.start) & (slots < at.local_slots.stop)] - at.local_slots.start
+        parts = [_local_slots(m.top_k, at, odds, min(_DRAWN, total - first), stream) for first in range(0, total, _DRAWN)]
+        local = torch.cat(parts)
         local = local if len(local) else torch.zeros(1, dtype=local.dtype, device=device)
         n = len(local)
         weights = torch.full((n, 1), 1.0 / m.top_k, device=device)
@@ -99,3 +102,13 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
         back = torch.randint(n, (tokens, m.top_k), generator=stream, device=device).int()
         arrivals.append(Arrival(source, local[:, None].int().contiguous(), weights, back, torch.ones_like(back).float()))
     return arrivals
+
+
+def _local_slots(top_k: int, at: RankLayout, odds_E: torch.Tensor, tokens: int, stream: torch.Generator) -> torch.Tensor:
+    """Of what `tokens` tokens choose, the slots that are here, counted from this rank's first: int64 [rows that arrive]."""
+    experts, device = len(odds_E), odds_E.device
+    noise = torch.rand(tokens, experts, generator=stream, device=device).clamp(min=1e-12)
+    ids = (odds_E - noise.log().neg().log()).topk(top_k, -1)[1]
+    extra = ids < at.slots - experts  # of two replicas, the second half of the time
+    slots = torch.where(extra & (torch.rand(ids.shape, generator=stream, device=device) < 0.5), ids + experts, ids)
+    return slots[(slots >= at.local_slots.start) & (slots < at.local_slots.stop)] - at.local_slots.start
