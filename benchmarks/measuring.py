@@ -1,6 +1,10 @@
 """What recording costs: rounds of requests with every step recorded, and with half of them, drawn at random; in one process.
 
     python -m benchmarks.measuring --json benchmarks/results/cpu_measuring.json
+    python -m benchmarks.measuring --device cuda --model qwen3-30b-a3b --layers 12 --requests 1 --requests 64 --tokens 200 \
+        --rounds 30 --json out.json
+
+On a GPU steps are timed by the wall, in ways of their own: see `benchmarks.recording`. What follows is of a CPU.
 
 The difference of two kinds of steps is as noisy as the machine. So the record's own seconds are counted as well: those of taking
 the step's times, of keeping them and of packing and encoding batches of rows, as a mean over the steps recorded (`own_share`).
@@ -19,6 +23,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks import recording
 from runtime.batch import Segment
 from runtime.board import Board
 from runtime.clock import Clock
@@ -39,10 +45,13 @@ from runtime.tiny import tiny_config
 from runtime.types import SamplingParams
 from twin.policy.steps import StepPlan
 from twin.spec.hf import model_from_hf_config
+from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
 from twin.spec.rundir import write_text
+from twin.validate.step import shorten
 
+Json = dict[str, Any]
 PHASES_OF_A_STEP = ("schedule", "embed", "attention", "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts",
                     "head", "sample", "book")
 
@@ -163,17 +172,8 @@ def front_end(plan: Plan, model: ModelSpec, batches: list[str]) -> dict[str, flo
             "heard_s": (heard - began) / rows, "read_s": (time.process_time() - heard) / rows}
 
 
-@click.command(help=__doc__.split("\n", 1)[0])
-@click.option("--hidden", default=256, show_default=True)
-@click.option("--layers", default=4, show_default=True)
-@click.option("--requests", default=8, show_default=True)
-@click.option("--tokens", default=48, show_default=True)
-@click.option("--rounds", default=10, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path))
-def main(hidden: int, layers: int, requests: int, tokens: int, rounds: int, out: Path | None) -> None:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    model = model_from_hf_config(tiny_config("deepseek_v3", hidden=hidden, layers=layers), "small-deepseek")
+def on_cpu(model: ModelSpec, requests: int, tokens: int, rounds: int) -> Json:
+    """CPU seconds of steps and of what records add to them."""
     plan = Plan(pools=(PoolPlan(role="mixed", max_num_seqs=requests, block_tokens=16, kv_blocks=8 * requests),))
     with tempfile.TemporaryDirectory() as folder:
         clock = Counted(Board(Path(folder) / "board", 1), 0)
@@ -199,15 +199,84 @@ def main(hidden: int, layers: int, requests: int, tokens: int, rounds: int, out:
     row = {"step_s": {"recorded": on, "not": off}, "overhead": on / off - 1, "steps": len(took[True]),
            "fastest_tenth_s": {"recorded": fast[True], "not": fast[False]}, "overhead_of_fastest": best,
            "own_s": own, "own_share": own / off, "repeated_s": again, "front_end": front,
-           "marks_a_step": marks, "mark_s": mark_s, "marks_share": marks * mark_s / off, "hidden": hidden, "layers": layers,
-           "requests": requests, "cores": os.cpu_count(), "torch": torch.__version__}
+           "marks_a_step": marks, "mark_s": mark_s, "marks_share": marks * mark_s / off, "hidden": model.hidden,
+           "layers": model.layers, "requests": requests, "cores": os.cpu_count(), "torch": torch.__version__}
     click.echo(f"step {off * 1e3:.3f} ms, recorded {on * 1e3:.3f} ms: {row['overhead']:+.2%} (fastest tenth {best:+.2%})")
     click.echo(f"a record's own {own * 1e6:.1f} us: {own / off:.2%}; repeated {again * 1e6:.1f} us")
     click.echo(f"{front['row_bytes']:.0f} bytes a record; on the front end {front['heard_s'] * 1e6:.1f} us, "
                f"{front['read_s'] * 1e6:.0f} more once read")
     click.echo(f"{marks:.0f} marks a step of {mark_s * 1e9:.0f} ns: {row['marks_share']:.2%}")
-    if out is not None:
-        write_text(out, json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def on_gpu(model: ModelSpec, options: EngineOptions, requests: Sequence[int], tokens: int, rounds: int,
+           keep: Callable[[Json], None],
+           clock_of: Callable[[Board, int], recording.Switched] = recording.Switched) -> Json:
+    """Wall seconds of steps by what of them is recorded, for each number of requests; `keep` is given all so far as it grows."""
+    began = time.monotonic()
+
+    def say(what: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {what}", err=True)
+
+    most = max(requests)
+    pool = PoolPlan(role="mixed", max_num_seqs=most, max_batch_tokens=max(2048, recording.PROMPT * most), chunk_tokens=None)
+    record: Json = {"tokens": tokens, "rounds": rounds, "model": model.name, "layers": model.layers, "hidden": model.hidden,
+                    "cores": os.cpu_count(), "torch": torch.__version__, "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        clock = clock_of(Board(Path(folder) / "board", 1), 0)
+        rank = build_rank(model, Plan(pools=(pool,)), options, 0, clock.mark)
+        say(f"built: {model.layers} layers, " + ("steps in graphs" if rank.decode is not None else "steps without graphs"))
+        record["graphs"] = rank.decode is not None
+        for count in requests:
+            recording.serve(rank, recording.Script(clock), count, tokens)
+            say(f"{count} requests: warm")
+            row: Json = {"requests": count, "mark_s": recording.mark_s(clock)}
+            record["rows"].append(row)
+            for way in (recording.by_step, recording.by_round):
+                row[way.__name__] = way(rank, clock, count, tokens, rounds)
+                keep(record)
+                say(f"{count} requests: {way.__name__} done")
+            for line in recording.lines(count, row):
+                click.echo(line)
+    return record
+
+
+@click.command(help=__doc__.split("\n", 1)[0])
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--model", "name", default=None, help="A preset, a config.json or a checkpoint folder; without: a small DeepSeek.")
+@click.option("--hidden", default=256, show_default=True, help="Of the small model.")
+@click.option("--layers", default=None, type=int, help="Run only so many layers (small model: 4).")
+@click.option("--requests", type=click.IntRange(1), multiple=True, default=(8,), show_default=True,
+              help="At once; on a GPU several such numbers.")
+@click.option("--tokens", type=click.IntRange(16), default=48, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--no-tune", is_flag=True, help="Without timing kernels for small steps at the start (GPU).")
+@click.option("--commit", default=None)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(device: str, name: str | None, hidden: int, layers: int | None, requests: tuple[int, ...], tokens: int, rounds: int,
+         no_tune: bool, commit: str | None, out: Path | None) -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = (model_from_hf_config(tiny_config("deepseek_v3", hidden=hidden, layers=layers or 4), "small-deepseek") if name is None
+             else shorten(load_model(name), layers))
+
+    def keep(found: Json) -> None:
+        if out is not None:
+            write_text(out, json.dumps(found, indent=1) + "\n")
+
+    if device == "cpu":
+        if len(requests) > 1:
+            raise click.UsageError("on a CPU one number of --requests is measured at a time")
+        keep(on_cpu(model, requests[0], tokens, rounds))
+        return
+    from benchmarks.timing import provenance  # needs triton
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("--device cuda needs a CUDA GPU")
+    about = {"provenance": {**provenance(commit), "method": recording.__doc__}}
+    options = EngineOptions(device="cuda", backend="triton", dtype="bf16", record=True, tune=not no_tune, start_timeout_s=400.0,
+                            max_context=recording.PROMPT + tokens)
+    on_gpu(model, options, requests, tokens, rounds, lambda found: keep({**found, **about}))
 
 
 if __name__ == "__main__":
