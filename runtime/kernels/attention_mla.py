@@ -1,7 +1,8 @@
 """Absorbed MLA decode: every head attends to one paged latent vector a token, whose first columns are the value too.
 
 Shapes: B sequences, H query heads, L latent columns (512), R rotary columns (64), S splits. A tile of the cache is
-loaded once and serves both products, q.k over L+R columns and p.v over the first L.
+loaded once and serves both products, q.k over L+R columns and p.v over the first L. The first sequences may be left whole and
+the others cut (`twin.policy.latent_cuts`): the whole ones write their result at once, the others parts that are merged.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.kernels.splits import choose_splits, merge, multiprocessors, split_range, token_slots
+from runtime.kernels.splits import merge, multiprocessors, split_range, token_slots
+from twin.policy.latent_cuts import Cut, block_heads, choose_cut
 
 _LOG2_E = 1.4426950408889634
 
@@ -33,11 +35,8 @@ def choose_mla_tile(heads: int, dim: int = 576) -> MlaTile:
     """Up to 32 heads the cache read is the limit (small tiles, two of them in shared memory if rows of `dim` columns let
     them); above, the matrix units are."""
     stages = 5 if dim <= 640 else 4
-    if heads <= 16:
-        return MlaTile(16, 64, 4, stages, 1)
-    if heads <= 32:
-        return MlaTile(32, 64, 4, stages, 1)
-    return MlaTile(64, 64, 8, 2, 1)
+    block = block_heads(heads)
+    return MlaTile(block, 64, 8, 2, 1) if block == 64 else MlaTile(block, 64, 4, stages, 1)
 
 
 def mla_decode(
@@ -49,7 +48,7 @@ def mla_decode(
     scale: float,
     latent: int = 512,
     max_context: int | None = None,
-    splits: int | None = None,
+    cut: Cut | None = None,
     tile: MlaTile | None = None,
 ) -> torch.Tensor:
     """out_BHL = softmax(scale * q . cache) cache[:, :latent] over each sequence's first `seq_lens` tokens.
@@ -66,23 +65,23 @@ def mla_decode(
     tile = tile or choose_mla_tile(heads, dim)
     groups = triton.cdiv(heads, tile.heads)
     bound = max_context or block_table_BP.shape[1] * block_tokens
-    slots = multiprocessors(q_BHD.device.index or 0) * tile.resident
-    splits = splits or choose_splits(batch * groups, bound, tile.tokens, slots)
+    cut = cut or choose_cut(batch, heads, bound, multiprocessors(q_BHD.device.index or 0) * tile.resident)
+    whole, splits = (batch, 1) if cut.splits == 1 else (cut.whole, cut.splits)
     out_BHL = torch.empty(batch, heads, latent, dtype=q_BHD.dtype, device=q_BHD.device)
-    parts = out_BHL
-    if splits > 1:
-        parts = torch.empty(batch, heads, splits, latent, dtype=torch.float32, device=q_BHD.device)
-    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q_BHD.device)
+    # of the sequences that are cut, maybe none
+    parts = torch.empty(batch - whole, heads, splits, latent, dtype=torch.float32, device=q_BHD.device)
+    lse = torch.empty(batch - whole, heads, splits, dtype=torch.float32, device=q_BHD.device)
+    programs = groups * (whole + (batch - whole) * splits)
     if hopper is not None:
-        hopper(q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, splits, scale * _LOG2_E)
+        hopper(q_BHD, cache, block_table_BP, seq_lens_B, out_BHL, parts, lse, programs, whole, splits, scale * _LOG2_E)
     else:
-        _mla_kernel[(groups * splits * batch,)](
-            q_BHD, cache, block_table_BP, seq_lens_B, parts, lse, block_table_BP.stride(0), heads, splits, scale * _LOG2_E,
-            LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads, BLOCK_N=tile.tokens,
-            GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
+        _mla_kernel[(programs,)](
+            q_BHD, cache, block_table_BP, seq_lens_B, out_BHL, parts, lse, block_table_BP.stride(0), heads, whole, splits,
+            scale * _LOG2_E, LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads,
+            BLOCK_N=tile.tokens, GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    if splits > 1:
-        merge(parts, lse, out_BHL)
+    if whole < batch:
+        merge(parts, lse, out_BHL[whole:])
     return out_BHL
 
 
@@ -95,18 +94,20 @@ def _hopper(q_BHD: torch.Tensor, cache: torch.Tensor, latent: int) -> Callable[.
     return attention_mla_hopper.launch if attention_mla_hopper.fits(q_BHD, cache, latent) else None
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "whole", "splits"])
 def _mla_kernel(
-    q, cache, block_table, seq_lens, parts, lse, table_stride, heads, splits, scale_log2,
+    q, cache, block_table, seq_lens, out, parts, lse, table_stride, heads, whole, splits, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     # head groups fastest: programs that read the same tokens run together and share them in L2
     pid = tl.program_id(0)
-    split, seq = (pid // GROUPS) % splits, (pid // (GROUPS * splits)).to(tl.int64)
+    item = pid // GROUPS  # a whole sequence, or a split of a cut one
+    beyond = tl.maximum(item - whole, 0)
+    split, seq = beyond % splits, (tl.minimum(item, whole) + beyond // splits).to(tl.int64)
     head = pid % GROUPS * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.load(seq_lens + seq)
-    lo, hi = split_range(0, length, split, splits, BLOCK_N)
+    lo, hi = split_range(0, length, split, tl.where(item < whole, 1, splits), BLOCK_N)
     c, r = tl.arange(0, LATENT), tl.arange(0, ROPE)
     DIM: tl.constexpr = LATENT + ROPE
     row = (seq * heads + head)[:, None] * DIM
@@ -130,8 +131,12 @@ def _mla_kernel(
         total = total * decay + tl.sum(p, 1)
         acc = tl.dot(p.to(kv.dtype), kv, acc * decay[:, None])
         top = new_top
-    out = ((seq * heads + head) * splits + split)
     seen = tl.where(total > 0.0, total, 1.0)
-    tl.store(lse + out, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=head < heads)
-    value = (acc / seen[:, None]).to(parts.dtype.element_ty)
-    tl.store(parts + out[:, None] * LATENT + c[None, :], value, mask=(head < heads)[:, None])
+    value = acc / seen[:, None]
+    if item < whole:
+        place = (seq * heads + head)[:, None] * LATENT + c[None, :]
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=(head < heads)[:, None])
+    else:
+        part = ((seq - whole) * heads + head) * splits + split
+        tl.store(lse + part, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=head < heads)
+        tl.store(parts + part[:, None] * LATENT + c[None, :], value, mask=(head < heads)[:, None])

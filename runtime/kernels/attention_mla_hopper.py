@@ -36,15 +36,15 @@ def fits(q_BHD: torch.Tensor, cache: torch.Tensor, latent: int) -> bool:
 
 def launch(
     q_BHD: torch.Tensor, cache: torch.Tensor, block_table_BP: torch.Tensor, seq_lens_B: torch.Tensor,
-    parts: torch.Tensor, lse: torch.Tensor, splits: int, scale_log2: float,
+    out_BHL: torch.Tensor, parts: torch.Tensor, lse: torch.Tensor, programs: int, whole: int, splits: int, scale_log2: float,
 ) -> None:  # fmt: skip
-    """Fill `parts` and `lse` as `attention_mla`'s kernel does; shapes for which `fits` holds."""
-    batch, heads, dim = q_BHD.shape
+    """Fill `out_BHL`, `parts` and `lse` as `attention_mla`'s kernel does; shapes for which `fits` holds."""
+    _, heads, dim = q_BHD.shape
     shared = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tile = lambda t, columns: TensorDescriptor.from_tensor(t.view(-1, dim), [64, columns], shared)  # noqa: E731
-    _kernel[(heads // HEADS * splits * batch,)](
+    _kernel[(programs,)](
         tile(q_BHD, LATENT), tile(q_BHD, ROPE), tile(cache, LATENT), tile(cache, ROPE),
-        block_table_BP, seq_lens_B, parts, lse, block_table_BP.stride(0), heads, splits, scale_log2,
+        block_table_BP, seq_lens_B, out_BHL, parts, lse, block_table_BP.stride(0), heads, whole, splits, scale_log2,
         BLOCK_TOKENS=cache.shape[1], GROUPS=heads // HEADS, num_warps=8,
     )  # fmt: skip
 
@@ -89,8 +89,9 @@ def _softmax_step(s, top, total, valid, scale_log2, p_smem):
 
 
 @gluon.jit
-def _attend(lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty, parts, lse, row, heads, splits, split):
-    """The two computing warpgroups: the softmax-weighted sum over the tiles of [lo, hi), written for 64 heads."""
+def _attend(lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty, out, parts, lse, row, part, splits):
+    """The two computing warpgroups: the softmax-weighted sum over the tiles of [lo, hi), written for 64 heads: from `row` on
+    if `part` is negative, else as parts, `splits` apart from `part` on."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -119,26 +120,32 @@ def _attend(lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty,
         mbarrier.arrive(empty.index(now), count=1)
     seen = gl.sum(total, 1)
     safe = gl.where(seen > 0.0, seen, 1.0)
-    place = (row + gl.arange(0, 64, layout=rows_s)) * splits + split
-    gl.store(lse + place, gl.where(seen > 0.0, top + gl.log2(safe), float("-inf")))
     value = acc / gl.convert_layout(safe, rows_o)[:, None]
-    out = gl.convert_layout(place, rows_o)[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, o_layout))[None, :]
-    gl.store(parts + out, value.to(parts.dtype.element_ty))
+    column = gl.arange(0, 512, layout=gl.SliceLayout(0, o_layout))
+    if part < 0:
+        rows = row + gl.arange(0, 64, layout=rows_o)
+        gl.store(out + rows[:, None] * 512 + column[None, :], value.to(out.dtype.element_ty))
+    else:
+        place = part + gl.arange(0, 64, layout=rows_s) * splits
+        gl.store(lse + place, gl.where(seen > 0.0, top + gl.log2(safe), float("-inf")))
+        gl.store(parts + gl.convert_layout(place, rows_o)[:, None] * 512 + column[None, :], value)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "splits"])
+@gluon.jit(do_not_specialize=["table_stride", "whole", "splits"])
 def _kernel(
-    q_latent, q_rope, latent_desc, rope_desc, block_table, seq_lens, parts, lse, table_stride, heads, splits, scale_log2,
-    BLOCK_TOKENS: gl.constexpr, GROUPS: gl.constexpr,
+    q_latent, q_rope, latent_desc, rope_desc, block_table, seq_lens, out, parts, lse, table_stride, heads, whole, splits,
+    scale_log2, BLOCK_TOKENS: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     # head groups fastest: programs that read the same tokens run together and share them in L2
     pid = gl.program_id(0)
     group = pid % GROUPS
-    split = (pid // GROUPS) % splits
-    seq = pid // (GROUPS * splits)
+    item = pid // GROUPS  # a whole sequence, or a split of a cut one
+    beyond = gl.maximum(item - whole, 0)
+    split = beyond % splits
+    seq = gl.minimum(item, whole) + beyond // splits
     length = gl.load(seq_lens + seq)
-    share = gl.cdiv(gl.cdiv(length, 64), splits) * 64
+    share = gl.cdiv(gl.cdiv(length, 64), gl.where(item < whole, 1, splits)) * 64
     lo = split * share
     hi = gl.minimum(lo + share, length)
     table = block_table + seq.to(gl.int64) * table_stride
@@ -158,6 +165,7 @@ def _kernel(
     fence_async_shared()
     mbarrier.expect(q_ready, 64 * 576 * 2)
     row = seq * heads + group * 64
+    part = gl.where(item < whole, -1, (row - whole * heads).to(gl.int64) * splits + split)
     tma.async_copy_global_to_shared(q_latent, [row, 0], q_ready, q_c)
     tma.async_copy_global_to_shared(q_rope, [row, 512], q_ready, q_r)
     gl.warp_specialize(
@@ -165,8 +173,8 @@ def _kernel(
             (
                 _attend,
                 (
-                    lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty, parts, lse,
-                    row.to(gl.int64), heads, splits, split,
+                    lo, hi, scale_log2, q_c, q_r, kv, k_r, p_smem, q_ready, full, empty, out, parts, lse,
+                    row.to(gl.int64), part, splits,
                 ),
             ),
             (_load_tiles, (latent_desc, rope_desc, table, lo, hi, kv, k_r, full, empty, BLOCK_TOKENS)),

@@ -34,7 +34,8 @@ def multiprocessors(device_index: int) -> int:
 def merge(parts_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor) -> None:
     """out = sum_s 2^lse_s part_s / sum_s 2^lse_s; zero where every split was empty (lse -inf)."""
     batch, heads, splits, dim = parts_BHSD.shape
-    block_d = min(triton.next_power_of_2(dim), 128)
+    # of 512 columns each thread holds every split of its own four, and sums need no other; of many splits too much would be held
+    block_d = min(triton.next_power_of_2(dim), 512 if splits <= 16 and dim >= 512 else 128)
     _merge_kernel[(batch * heads, triton.cdiv(dim, block_d))](
         parts_BHSD, lse_BHS, out_BHD, splits, dim,
         BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=block_d, num_warps=4,

@@ -17,6 +17,7 @@ from twin.cost.batch import INDEX, Array
 from twin.cost.interpolate import Curve, Interpolator
 from twin.cost.roofline import Op
 from twin.cost.work import equivalent_tokens
+from twin.policy.latent_cuts import Shape, chosen_seconds, measured_seconds
 from twin.spec.base import Source
 from twin.spec.model import Attention
 
@@ -26,7 +27,6 @@ _BATCH: Array = np.exp2(np.arange(0.0, 13.01, 1 / _STEPS))
 _LENGTH: Array = np.exp2(np.arange(0.0, 21.01, 1 / _STEPS))
 _HOST_BOUND = 2.5  # times the roofline, at decode sizes, beyond which a product was timed with the host in the way
 _DOUBLE = 2.15  # times as long for twice the batch, at most: no measured pair of large batches differs by more
-_PROGRAM_HEADS = 64  # of a program of our latent attention on Hopper, one to an SM (runtime/kernels/attention_mla_hopper.py)
 _NARROW_SLOWER = 1.3  # times as long for half the bytes of cache, at most
 _WIDEST = 1.0  # log half width beyond which a transferred table says less than a roofline
 
@@ -107,7 +107,7 @@ class Surface:
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
     log_products: Array | None = None  # dense products that the table includes, over `ROWS`, one layer
-    programs: tuple[float, float] | None = None  # of a sequence, and how many run at a time, where whole rounds of them count
+    cut: Shape | None = None  # of our own latent attention, which is cut into rounds of programs
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -124,9 +124,10 @@ class Surface:
         seqs = x[..., INDEX["decode_seqs"]]
         if not seqs.any():
             return np.zeros(seqs.shape)
-        each = _read_two(self.log_s, seqs, x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0))
-        if self.programs is not None:
-            each = each * last_round(seqs * self.programs[0], self.programs[1])
+        context = x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0)
+        each = _read_two(self.log_s, seqs, context)
+        if self.cut is not None:
+            each = each * as_cut(self.cut, seqs, context)
         if self.drafts:  # tables have one query a sequence; more of them share the keys that are read beside the arithmetic
             each = np.maximum(each, x @ self.bounds[0] * self.share / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (seqs > 0))
@@ -149,12 +150,10 @@ class Surface:
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
 
 
-def last_round(programs: Array, at_a_time: float) -> Array:
-    """How much longer a kernel takes for its last round of programs than the batches measured, which are powers of two and
-    fill theirs. A program has an SM to itself; where one round holds all, they are cut finer, and nothing is lost."""
-    as_measured = np.maximum(programs, 1.0) / 2 ** np.floor(np.log2(at_a_time))
-    longer = np.maximum(np.ceil(programs / at_a_time) / as_measured, 1.0)
-    return np.asarray(np.where(programs > at_a_time, longer, 1.0))
+def as_cut(shape: Shape, seqs: Array, context: Array) -> Array:
+    """How much longer our latent attention takes, as the engine cuts it, than a table measured with batches that are powers of
+    two and cuts that fill the device once."""
+    return chosen_seconds(shape, seqs, context) / measured_seconds(shape, seqs, context)
 
 
 Measured = RowTable | Surface
@@ -192,10 +191,10 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
             rows.setdefault(next(iter(op.flops)), []).append((op.key, log_s, evidence))
         else:
             products = _products(ops, ask) if ask.module and op.kind == "mla_prefill" else None
-            rounds = ask.latent_programs and op.kind == "mla_decode" and ask.heads >= _PROGRAM_HEADS
+            ours = ask.latent_programs and op.kind == "mla_decode"
             found.append(Surface(op, _surface_log_s(curve), op.gate == "any_decode", ask.drafts, ask.share,
                                  (bounds[0][:, j], bounds[1][:, j]), (evidence_of(curve, 32, 2048),), products,
-                                 (ask.heads // _PROGRAM_HEADS, float(ask.latent_programs)) if rounds else None))
+                                 Shape(round(ask.heads), ask.latent_programs) if ours else None))
     for feature, entries in sorted(rows.items()):
         each = np.stack([log_s for _, log_s, _ in entries])
         found.append(RowTable(INDEX[feature], tuple(key for key, _, _ in entries), each, np.log(np.exp(each).sum(axis=0)),
