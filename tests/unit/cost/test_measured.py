@@ -9,9 +9,9 @@ from cost_cases import cost_model, gqa_model, pool_of
 from twin.cost.batch import StepBatch
 from twin.cost.evidence import Evidence
 from twin.cost.measured import _divisible, as_cut
-from twin.policy.latent_cuts import Shape
 from twin.cost.model import CostModel
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Source, Table
+from twin.policy.latent_cuts import Shape
 from twin.spec.load import load_cluster, load_gpu, load_model
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
