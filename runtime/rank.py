@@ -196,8 +196,9 @@ def tensor_group(model: ModelSpec, pool: PoolPlan, group: Group, options: Engine
     from runtime.comm.symm import share_memory
 
     room = Room(rows, max(model.hidden, -(-model.vocab // group.size)) * DTYPES[options.dtype].itemsize)
+    sharers = -(-dist.get_world_size() // torch.cuda.device_count())  # all ranks are on this machine
     return SymmetricGroup(group, lambda size: share_memory(group.pg, group.size, size, device), room, device,
-                          Waiting(group.ranks, options.start_timeout_s))
+                          Waiting(group.ranks, options.start_timeout_s), sharers)
 
 
 def held_rows(tp: TensorGroup, most: int) -> int:

@@ -37,9 +37,11 @@ class Room:
 
 
 class SymmetricGroup:
-    """A group's end. All ranks make the same calls in the same order, on one stream. Numbers are floats, on `device`."""
+    """A group's end. All ranks make the same calls in the same order, on one stream. Numbers are floats, on `device`, which
+    `sharers` ranks (of any group) share."""
 
-    def __init__(self, group: Group, allocate: Allocate, room: Room, device: torch.device, waiting: Waiting) -> None:
+    def __init__(self, group: Group, allocate: Allocate, room: Room, device: torch.device, waiting: Waiting,
+                 sharers: int = 1) -> None:
         self._group, self.room, self.waiting = group, room, waiting
         self._patience = waiting.ready(device)
         set_bytes = -(-room.held_rows * room.row_bytes // _ALIGN) * _ALIGN
@@ -47,7 +49,8 @@ class SymmetricGroup:
         memory, bases_W, keep = allocate(flags + kernels.MOST_PROGRAMS * kernels.flag_lanes(group.size) * 4)
         self.waiting.memory.append((memory, keep))
         self._counters = torch.zeros(2, dtype=torch.int32, device=device)
-        self._shared = kernels.Shared(bases_W, group.index, group.size, 0, set_bytes, flags)
+        self._shared = kernels.Shared(bases_W, group.index, group.size, 0, set_bytes, flags,
+                                      kernels.programs_for(sharers))
 
     @property
     def size(self) -> int:

@@ -21,7 +21,7 @@ import triton.language as tl
 from runtime.kernels.symm import _POLLS, Patience, _address, wait_for_all
 
 MOST_PROGRAMS = 128
-"""All of them wait at the same time: those of all ranks that share a GPU must find room on it together."""
+"""All of them wait at the same time: those of all ranks that share a GPU must find room on it together (`programs_for`)."""
 _TILE_BYTES = 2048
 SETS = 2
 
@@ -42,6 +42,14 @@ class Shared:
     data: int
     set_bytes: int
     flags: int
+    programs: int = MOST_PROGRAMS
+
+
+def programs_for(sharers: int) -> int:
+    """Programs of a rank that shares its GPU with others, `sharers` in all, the same on all ranks: together no more than half as
+    many as a large GPU has multiprocessors. One on which something waits may not take a kernel that wants its memory divided
+    otherwise into cache and shared memory; were all of them like that, the rank waited for could not come."""
+    return MOST_PROGRAMS if sharers <= 1 else max(1, MOST_PROGRAMS // 2 // sharers)
 
 
 def share(x_N: torch.Tensor, out: torch.Tensor, shared: Shared, counters: torch.Tensor, patience: Patience, *,
@@ -54,7 +62,7 @@ def share(x_N: torch.Tensor, out: torch.Tensor, shared: Shared, counters: torch.
     assert x_N.is_contiguous() and out.is_contiguous() and count * x_N.element_size() <= shared.set_bytes
     block = _TILE_BYTES // x_N.element_size()
     unit = next(unit for unit in (8, 4, 2, 1) if count % unit == 0)  # tells the compiler how wide accesses may be
-    _share_kernel[(min(MOST_PROGRAMS, triton.cdiv(count, block)),)](
+    _share_kernel[(min(MOST_PROGRAMS, shared.programs, triton.cdiv(count, block)),)](
         x_N, out, shared.bases_W, counters, count // unit, shared.index, shared.data, shared.set_bytes, shared.flags,
         patience.limit, patience.lost_W1, patience.alarm_W, patience.off, WORLD=shared.world, LANES=flag_lanes(shared.world),
         UNIT=unit, GATHER=gather, BLOCK=block, POLLS=_POLLS, TIMED=patience.timed, num_warps=1,

@@ -7,6 +7,7 @@ import mmap
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ def poll_gently() -> None:
     InterpreterBuilder.create_masked_load = gentle
 
 
-def end(group: Group, maps: list[mmap.mmap], rows: int, timeout_s: float = _FOREVER_S) -> SymmetricGroup:
+def end(group: Group, maps: list[mmap.mmap], rows: int, timeout_s: float = _FOREVER_S, sharers: int = 1) -> SymmetricGroup:
     """A rank's end with room for `rows` rows of WIDTH fp32 numbers; patience is counted in polls."""
     return SymmetricGroup(group, allocator(maps, group.index), Room(rows, WIDTH * 4), torch.device("cpu"),
-                          Waiting(group.ranks, timeout_s, timed=False))
+                          Waiting(group.ranks, timeout_s, timed=False), sharers)
 
 
 def tensor(rank: int, call: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,8 +72,7 @@ def sums(rank: int, world: int, maps: list[mmap.mmap], half: torch.dtype) -> lis
     """Calls of all sizes and both kinds one after another, ranks at paces of their own; what differs from a sum in the order of
     ranks, to the last bit."""
     poll_gently()
-    kernels.MOST_PROGRAMS = 2  # so that programs have several parts each
-    group = end(make_group(range(world), rank, 20), maps, rows=100)
+    group = end(make_group(range(world), rank, 20), maps, rows=100, sharers=32)  # two programs, which have several parts each
     pace, wrong = torch.Generator().manual_seed(rank), []
     # programs pause before they wait and before they read: a peer that is ahead must not have overwritten what they read
     InterpreterBuilder.create_barrier = lambda self: time.sleep(float(torch.rand(1, generator=pace)) * 0.02)
@@ -138,3 +138,24 @@ def test_waiting_is_called_off() -> None:
 def test_room_is_bounded() -> None:
     assert Room(512, 129280).held_rows == 512
     assert Room(4096, 129280).held_rows == 519
+
+
+def test_ranks_that_share_a_gpu_leave_room_on_it() -> None:
+    """What waits there must not be everywhere: kernels that want multiprocessors set up otherwise come between."""
+    assert kernels.programs_for(1) == kernels.MOST_PROGRAMS
+    assert all(1 <= sharers * kernels.programs_for(sharers) <= 64 for sharers in range(2, 65))
+    group = end(Group(None, (0, 1), 0), shared_bytes(2), rows=4, sharers=8)
+    asked: list[tuple[int, ...]] = []
+
+    class Asked:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            asked.append(grid)
+            return lambda *args, **kwargs: None
+
+    kernel, kernels._share_kernel = kernels._share_kernel, Asked()
+    try:
+        large = torch.zeros(1 << 16)
+        kernels.share(large, large, replace(group._shared, set_bytes=1 << 18), group._counters, group._patience, gather=False)
+    finally:
+        kernels._share_kernel = kernel
+    assert asked == [(8,)]
