@@ -7,8 +7,9 @@ rows before it stored, so that no kernel need know of drafts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -50,6 +51,49 @@ class StepInput:
     @property
     def num_tokens(self) -> int:
         return self.token_ids_T.shape[0]
+
+    @cached_property
+    def prompt_starts(self) -> torch.Tensor:
+        """Where each prompt's tokens begin among those of all prompts, int32 [P + 1]; decodes are one token each."""
+        return self.query_starts[self.num_decodes:] - self.num_decodes if self.num_decodes else self.query_starts
+
+    @cached_property
+    def _key_starts(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def prompt_parts(self, most_keys: int) -> Iterator[tuple[slice, StepInput]]:
+        """The prompts in as few parts as look at no more positions each, unless one alone does: a part's rows among the prompts'
+        tokens, and the part as a step."""
+        lens, contexts, n = self.query_lens, self.context_lens, self.num_decodes
+        first, row = n, 0
+        while first < len(lens):
+            last = first + 1
+            while last < len(lens) and sum(contexts[first:last + 1]) <= most_keys:
+                last += 1
+            rows = sum(lens[first:last])
+            if (first, last) == (n, len(lens)):
+                yield slice(0, rows), self
+                return
+            yield slice(row, row + rows), replace(
+                self, block_tables_SB=self.block_tables_SB[first:last], seq_lens_S=self.seq_lens_S[first:last],
+                query_starts=self.query_starts[first:last + 1] - (row + n), num_decodes=0, query_lens=lens[first:last],
+                context_lens=contexts[first:last])
+            first, row = last, row + rows
+
+    def prompt_keys(self, window: int = 0) -> list[int]:
+        """Positions that each prompt's tokens look at: all of its context, or what a window reaches back to."""
+        n = self.num_decodes
+        return [min(context, length + window - 1) if window else context
+                for length, context in zip(self.query_lens[n:], self.context_lens[n:], strict=True)]
+
+    def prompt_key_starts(self, window: int = 0) -> torch.Tensor:
+        """Where each prompt's keys begin among those of all prompts, int32 [P + 1]."""
+        if self.query_lens[self.num_decodes:] == self.context_lens[self.num_decodes:]:
+            return self.prompt_starts
+        if window not in self._key_starts:
+            self._key_starts[window] = torch.tensor([0, *accumulate(self.prompt_keys(window))], dtype=torch.int32,
+                                                    device=self.query_starts.device)
+        return self._key_starts[window]
 
 
 def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.device | str = "cpu") -> StepInput:

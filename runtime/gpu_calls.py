@@ -156,15 +156,12 @@ def _mla_decode(attrs: dict[str, str], v: Values) -> list[Call]:
 
 
 def _mla_prefill(attrs: dict[str, str], v: Values) -> list[Call]:
-    length, ops = v["new_tokens"], TritonOps()
-    q, k = (_randn(length, v["heads"], _NOPE + _ROPE) for _ in range(2))
-    x = _randn(length, v["heads"], _V)
-
-    def each() -> None:
-        for _ in range(v["batch"]):  # as the engine does, prompt by prompt
-            ops.causal_attention(q, k, x, scale=0.1)
-
-    return [each]
+    count, length, heads = v["batch"], v["new_tokens"], v["heads"]
+    q = _randn(count * length, heads, _NOPE + _ROPE)
+    k, x = _randn(count * length, heads, _NOPE + _V).tensor_split((_NOPE,), -1)  # as one product leaves them
+    rope, ops = _randn(count * length, _ROPE), TritonOps()
+    step = make_step([Segment([0] * length, 0, range(-(-length // _BLOCK)), True)] * count, _BLOCK, "cuda")
+    return [lambda: ops.expanded_attention(q, k, x, rope, step, scale=0.1)]
 
 
 def _norm(attrs: dict[str, str], v: Values) -> list[Call]:

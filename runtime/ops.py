@@ -227,16 +227,27 @@ class TorchOps:
         mask = _decode_mask(step.seq_lens_S[:n], kv.shape[2], None)
         return attend(q_SQD[:, :, None], kv, kv[..., :latent], mask, scale, None)[:, :, 0]
 
-    def mla_context(self, cache: torch.Tensor, step: StepInput, i: int) -> torch.Tensor:
-        """All stored latents of sequence i, in order [C, L + R]."""
-        return _gather(cache, step.block_tables_SB[i:i + 1], step.context_lens[i])[0]
+    def prompt_latents(self, cache: torch.Tensor, step: StepInput, fresh_TD: torch.Tensor) -> torch.Tensor:
+        """Latents [C, L + R] that the step's prompts look at, one prompt behind the other. `fresh_TD`: those of their tokens."""
+        n, lens, contexts = step.num_decodes, step.query_lens, step.context_lens
+        if lens[n:] == contexts[n:]:
+            return fresh_TD
+        parts = [_gather(cache, step.block_tables_SB[i:i + 1], contexts[i])[0].to(fresh_TD.dtype) for i in range(n, len(lens))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def causal_attention(self, q_TQD: torch.Tensor, k_CQD: torch.Tensor, v_CQE: torch.Tensor, *,
-                         scale: float) -> torch.Tensor:
-        """One sequence: the last T of C positions attend to all before them. Returns [T, Q, E]."""
-        mask = _causal_mask(q_TQD.shape[0], k_CQD.shape[0], None, q_TQD.device)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TQD, k_CQD, v_CQE))
-        return attend(q, k, v, mask, scale, None)[0].transpose(0, 1)
+    def expanded_attention(self, q_TQD: torch.Tensor, k_CQN: torch.Tensor, v_CQV: torch.Tensor, rope_CR: torch.Tensor,
+                           step: StepInput, *, scale: float) -> torch.Tensor:
+        """Causal attention of the step's prompts over keys and values of all their positions, prompts behind one another. Keys
+        have N columns of their own and R that all heads share; queries N + R. Returns [T, Q, V]."""
+        parts, row, first = [], 0, 0
+        k_CQD = torch.cat([k_CQN, rope_CR[:, None].expand(-1, k_CQN.shape[1], -1)], -1)
+        for i in range(step.num_decodes, len(step.query_lens)):
+            stop, last = row + step.query_lens[i], first + step.context_lens[i]
+            mask = _causal_mask(stop - row, last - first, None, q_TQD.device)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_TQD[row:stop], k_CQD[first:last], v_CQV[first:last]))
+            parts.append(attend(q, k, v, mask, scale, None)[0].transpose(0, 1))
+            row, first = stop, last
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def route(self, x_TH: torch.Tensor, router: Router, moe: MoE, slots_T: torch.Tensor,
               load_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,17 +5,15 @@ Nothing here asks the device for a value, so that a step whose sizes are known o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from runtime.batch import StepInput
 from runtime.kernels.attention_gqa import gqa_decode
 from runtime.kernels.attention_mla import mla_decode
+from runtime.kernels.attention_prefill import prompt_attention
 from runtime.kernels.fused import add_rmsnorm, add_rmsnorm_quant, silu_mul, silu_mul_quant
 from runtime.kernels.gate import gate_topk, router_logits
 from runtime.kernels.moe_fp8 import FP8_TILES
@@ -25,13 +23,6 @@ from runtime.kernels.rope import mla_rope_norm_cache, rope_norm_cache
 from runtime.ops import SWIGLU_ALPHA, Down, ExpertWeights, Norm, Router, TorchOps, Weight
 from runtime.products import Products, cut_product, narrow, torch_product
 from twin.spec.model import MoE
-
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""cuDNN reads grouped keys as they are and runs at twice the rate of the rest on Hopper (614 against 322 TFLOP/s)."""
-_PLANNED_TOKENS = 2048
-"""Prompts shorter than this are not worth a plan of their own."""
-_PLANNED_PAIRS = 1 << 27
-"""Queries times keys from which the same holds for one that goes on."""
 
 
 class TritonOps(TorchOps):
@@ -127,18 +118,17 @@ class TritonOps(TorchOps):
     def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                           window: int | None, sinks_Q: torch.Tensor | None,
                           fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        n, contexts = step.num_decodes, step.context_lens
-        plain = sinks_Q is None and q_TQD.is_cuda and (window is None or max(contexts[n:], default=0) <= window)
-        if not plain:
-            return super().prefill_attention(q_TQD, cache, step, scale=scale, window=window, sinks_Q=sinks_Q)
-        parts = list(_prefill_parts(q_TQD, cache, step, scale, fresh))
-        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty_like(q_TQD)
+        n, reach = step.num_decodes, window or 0
+        if not len(q_TQD):
+            return q_TQD
+        k, v = _prompt_keys(cache, step, reach, fresh)
+        return prompt_attention(q_TQD, k.to(q_TQD.dtype), v.to(q_TQD.dtype), step.prompt_starts, step.prompt_key_starts(reach),
+                                step.query_lens[n:], scale=scale, window=reach, sinks_H=sinks_Q)
 
-    def causal_attention(self, q_TQD: torch.Tensor, k_CQD: torch.Tensor, v_CQE: torch.Tensor, *,
-                         scale: float) -> torch.Tensor:
-        if not q_TQD.is_cuda:
-            return super().causal_attention(q_TQD, k_CQD, v_CQE, scale=scale)
-        return _sdpa(q_TQD[None], k_CQD[None], v_CQE[None], scale)[0]
+    def expanded_attention(self, q_TQD: torch.Tensor, k_CQN: torch.Tensor, v_CQV: torch.Tensor, rope_CR: torch.Tensor,
+                           step: StepInput, *, scale: float) -> torch.Tensor:
+        return prompt_attention(q_TQD, k_CQN, v_CQV, step.prompt_starts, step.prompt_key_starts(),
+                                step.query_lens[step.num_decodes:], scale=scale, shared_CR=rope_CR)
 
     def mla_decode(self, q_SQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                    latent: int) -> torch.Tensor:
@@ -185,72 +175,25 @@ class TritonOps(TorchOps):
                          x_scale_T=scale_N, fp8_tiles=self.products.prefill.get(tuple(w.w13.shape), FP8_TILES))
 
 
-def _prefill_parts(q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, scale: float,
-                   fresh: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[torch.Tensor]:
-    """Attention of a step's prompts, run by run. `fresh`: the step's own keys and values, decodes' first."""
+def _prompt_keys(cache: torch.Tensor, step: StepInput, window: int,
+                 fresh: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [C, G, D] that the step's prompts look at, one prompt behind the other. `fresh`: the step's own, decodes'
+    first; those of prompts that go on lie in the cache."""
     n, lens, contexts = step.num_decodes, step.query_lens, step.context_lens
-    row = 0
-    for first, count in _runs(lens[n:], contexts[n:], fresh is not None):
-        i, stop = n + first, row + sum(lens[n + first:n + first + count])
+    if fresh is not None and lens[n:] == contexts[n:]:
+        return fresh[0][n:], fresh[1][n:]
+    parts, row, block = [], n, cache.shape[2]
+    for i, keys in enumerate(step.prompt_keys(window), n):
+        stop = row + lens[i]
         if fresh is not None and lens[i] == contexts[i]:
-            k, v = (x[n + row:n + stop] for x in fresh)
-            starts = step.query_starts[i:i + count + 1] - step.query_starts[i]
-            yield _whole_prompts(q_TQD[row:stop], k, v, lens[i:i + count], starts, scale)
+            parts.append((fresh[0][row:stop], fresh[1][row:stop]))
         else:
-            yield _with_a_past(q_TQD[row:stop], *_stored(cache, step.block_tables_SB[i], contexts[i]), scale)
+            first = (contexts[i] - keys) // block
+            found = cache[step.block_tables_SB[i, first:-(-contexts[i] // block)].long()]
+            span = slice(contexts[i] - keys - first * block, contexts[i] - first * block)
+            parts.append((found[:, 0].flatten(0, 1)[span], found[:, 1].flatten(0, 1)[span]))
         row = stop
-
-
-def _with_a_past(q_TQD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of the last T of C positions. Chunks come in every shape: only long ones are worth a plan of cuDNN's."""
-    q, k, v = q_TQD[None], k_CGD[None], v_CGD[None]
-    if len(q_TQD) * len(k_CGD) >= _PLANNED_PAIRS:
-        return _sdpa(q, k, v, scale)[0]
-    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, len(q_TQD), len(k_CGD), 0.0, True, False, scale=scale)[0]
-    return found[0]
-
-
-def _runs(lens: Sequence[int], contexts: Sequence[int], together: bool) -> list[tuple[int, int]]:
-    """(first, count) of sequences that one call serves: neighbours without a past."""
-    runs: list[tuple[int, int]] = []
-    for i, (length, context) in enumerate(zip(lens, contexts, strict=True)):
-        first, count = runs[-1] if runs else (0, 0)
-        if together and count and length == context and lens[first] == contexts[first]:
-            runs[-1] = (first, count + 1)
-        else:
-            runs.append((i, 1))
-    return runs
-
-
-def _whole_prompts(q_TQD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, lens: Sequence[int], starts: torch.Tensor,
-                   scale: float) -> torch.Tensor:
-    """Causal attention within each of the prompts that lie behind one another. `starts` int32 [prompts + 1].
-
-    Prompts of one length go to cuDNN, which builds a plan for every new shape; those of many lengths to one call of flash
-    attention, which does not.
-    """
-    count, longest = len(lens), max(lens)
-    if count * longest == sum(lens) and longest >= _PLANNED_TOKENS:
-        q, k, v = (x.unflatten(0, (count, longest)) for x in (q_TQD, k_TGD, v_TGD))
-        return _sdpa(q, k, v, scale).flatten(0, 1)
-    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q_TQD, k_TGD, v_TGD, starts, starts, longest, longest, 0.0, True, False, scale=scale)[0]
-    return found
-
-
-def _stored(cache: torch.Tensor, table_B: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [C, G, D] of one sequence."""
-    found = cache[table_B[:-(-context // cache.shape[2])].long()]
-    return found[:, 0].flatten(0, 1)[:context], found[:, 1].flatten(0, 1)[:context]
-
-
-def _sdpa(q_STQD: torch.Tensor, k_SCGD: torch.Tensor, v_SCGE: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of the last T of C positions. Returns [S, T, Q, E]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_STQD, k_SCGD, v_SCGE))
-    grouped = q.shape[1] != k.shape[1]
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        if q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
-        mask = causal_lower_right(q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    if len(parts) == 1:
+        return parts[0]
+    k, v = (torch.cat(several) for several in zip(*parts, strict=True))
+    return k, v

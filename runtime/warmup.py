@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from runtime.rank import Rank
 
 _SEED = 7
-_PLANNED = 2048
-"""A prompt so long alone has a plan made, so that the library which makes them is loaded."""
 
 
 def warm_up(rank: Rank) -> dict[str, float]:
@@ -65,7 +63,7 @@ def warm_steps(rank: Rank) -> Iterator[list[Segment]]:
         return torch.randint(rank.model.vocab, (count,), generator=stream).tolist()
 
     def prompts(tokens: int, first_block: int = 0) -> list[Segment]:
-        """Several where they fit, of unlike lengths: attention of equal ones has a plan made for every length."""
+        """Several where they fit, of unlike lengths."""
         found = []
         most = min(longest, -(-(tokens * 3 // 5 + 1) // block) * block)
         while tokens > 0 and first_block < rank.kv_blocks:
@@ -77,8 +75,6 @@ def warm_steps(rank: Rank) -> Iterator[list[Segment]]:
 
     for tokens in ladder(min(limits.max_batch_tokens, room), 4):
         yield prompts(tokens)
-    if min(longest, room) >= _PLANNED:
-        yield [Segment(ids(_PLANNED), 0, range(-(-_PLANNED // block)), is_prefill=True, wants_logits=True)]
     for context in ladder(min(rank.max_context, room - block), 1):
         used = -(-context // block)
         decode = Segment(ids(1), context - 1, range(used), wants_logits=True)

@@ -11,6 +11,8 @@
     attention_gqa.py  paged split-KV decode attention (grouped query heads)
     attention_mla.py  paged split-KV decode attention over a latent cache (absorbed MLA)
     attention_mla_hopper.py   the same for 64 heads and more on sm_90, in Gluon
+    attention_prefill.py      causal attention of prompts of any lengths, windows and sinks
+    attention_prefill_hopper.py  the same for common heads on sm_90, in Gluon
     splits.py         how decode attention is cut, and how the cuts are merged
     fused.py          norm, activation, quantisation
     rope.py           rotary embedding, query-key norm and the write into the paged cache

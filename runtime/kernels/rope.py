@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 _TILE_HEADS = 16  # heads a program handles at once
+_FEW_HEADS = 1 << 15  # up to here a program for each head of each token; beyond, starting them takes longest
 
 
 def rope_norm_cache(
@@ -76,11 +77,12 @@ def mla_rope_norm_cache(
     rotary = cos_sin.shape[1]
     assert latent_TC.stride(1) == 1 and latent_TC.shape[1] == width and q_THD.stride(2) == 1
     out_TC = torch.empty(tokens, width, dtype=latent_TC.dtype, device=latent_TC.device)
-    _latent_kernel[(tokens, heads + 1)](
+    tile = 1 if tokens * heads < _FEW_HEADS else min(_TILE_HEADS, triton.next_power_of_2(heads))
+    _latent_kernel[(tokens, triton.cdiv(heads, tile) + 1)](
         q_THD, latent_TC, norm_L, positions_T, slots_T, cos_sin, cache, out_TC,
         q_THD.stride(0), q_THD.stride(1), latent_TC.stride(0), eps, heads,
         DIM=dim, LATENT=width - rotary, ROTARY=rotary, INTERLEAVED=interleaved,
-        BLOCK_L=triton.next_power_of_2(width - rotary), num_warps=1 if width <= 1024 else 4,
+        TILE=tile, BLOCK_L=triton.next_power_of_2(width - rotary), num_warps=1 if width <= 1024 and tile == 1 else 4,
     )  # fmt: skip
     return out_TC
 
@@ -168,20 +170,24 @@ def _normed_rotated(
 @triton.jit
 def _latent_kernel(
     q, latent, norm, positions, slots, cos_sin, cache, out, q_stride_t, q_stride_h, latent_stride, eps, heads,
-    DIM: tl.constexpr, LATENT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_L: tl.constexpr,
+    DIM: tl.constexpr, LATENT: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
     i = tl.arange(0, HALF)
     row = cos_sin + tl.load(positions + token).to(tl.int64) * ROTARY
     cos, sin = tl.load(row + i), tl.load(row + HALF + i)
     first, second = (2 * i, 2 * i + 1) if INTERLEAVED else (i, HALF + i)
-    if head < heads:
-        place = q + token * q_stride_t + head * q_stride_h + DIM - ROTARY
-        x, y = tl.load(place + first).to(tl.float32), tl.load(place + second).to(tl.float32)
+    if part * TILE < heads:
+        head = part * TILE + tl.arange(0, TILE)
+        heads_at = q + (token * q_stride_t + head * q_stride_h + DIM - ROTARY)[:, None]
+        ours = (head < heads)[:, None] & (i >= 0)[None, :]
+        a = tl.load(heads_at + first[None, :], mask=ours, other=0.0).to(tl.float32)
+        b = tl.load(heads_at + second[None, :], mask=ours, other=0.0).to(tl.float32)
         tl.debug_barrier()  # every element is read before any is replaced
-        tl.store(place + i, (x * cos - y * sin).to(q.dtype.element_ty))
-        tl.store(place + HALF + i, (y * cos + x * sin).to(q.dtype.element_ty))
+        tl.store(heads_at + i[None, :], (a * cos[None, :] - b * sin[None, :]).to(q.dtype.element_ty), mask=ours)
+        tl.store(heads_at + HALF + i[None, :], (b * cos[None, :] + a * sin[None, :]).to(q.dtype.element_ty), mask=ours)
         return
     place = latent + token * latent_stride
     slot = tl.load(slots + token)

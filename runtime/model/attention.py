@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from runtime.batch import StepInput
 from runtime.layout import RankLayout
@@ -20,6 +21,9 @@ from runtime.model.rope import softmax_scale
 from runtime.ops import Down, Norm, TorchOps, Weight
 from runtime.quantise import join, weight_of
 from twin.spec.model import ModelSpec
+
+_EXPANDED_KEYS = 32768
+"""Positions whose keys and values are expanded at once: 2 GiB with 128 heads of 128 and 128 columns in bf16."""
 
 
 def make_attention(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.Tensor], ops: TorchOps) -> Gqa | Mla:
@@ -64,8 +68,8 @@ class Gqa:
 
 @dataclass(frozen=True)
 class Mla:
-    """Latent attention over a paged cache [blocks, block_tokens, L + R]. `key_up` [Q, N, L], `value_up` [Q, V, L]. Without
-    `down`, queries are projected at once by `q_up`."""
+    """Latent attention over a paged cache [blocks, block_tokens, L + R]. `kv_up` [Q, N + V, L] expands latents to each head's
+    `nope` columns of keys, and to its values. Without `down`, queries are projected at once by `q_up`."""
 
     ops: TorchOps
     down: Down | None
@@ -73,8 +77,8 @@ class Mla:
     kv_down: Weight
     kv_down_bias: torch.Tensor | None
     kv_norm: torch.Tensor
-    key_up: torch.Tensor
-    value_up: torch.Tensor
+    kv_up: torch.Tensor
+    nope: int
     out: Weight
     out_bias: torch.Tensor | None
     scale: float
@@ -84,42 +88,38 @@ class Mla:
 
     def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
                  angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        heads, nope, _ = self.key_up.shape
+        heads = len(self.kv_up)
         if self.down is not None:
             low, latent, residual_TH = self.ops.norm_down(x_TH, residual_TH, norm, self.down)
             query = self.ops.linear(low, self.q_up)
         else:
             x_TH, residual_TH = self.ops.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
             latent, query = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias), self.ops.linear(x_TH, self.q_up)
-        q, _ = self.ops.mla_rope_store(query.unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
-                                       eps=self.eps, interleaved=self.interleaved)
-        q_nope, q_rope = q.tensor_split((nope,), -1)
+        q, rows = self.ops.mla_rope_store(query.unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
+                                          eps=self.eps, interleaved=self.interleaved)
         n = step.num_decodes
-        parts = [self._decode(q_nope[:n], q_rope[:n], cache, step)] if n else []
-        row = n
-        for i in range(n, len(step.query_lens)):
-            stop = row + step.query_lens[i]
-            parts.append(self._prefill(q_nope[row:stop], q_rope[row:stop], self.ops.mla_context(cache, step, i)))
-            row = stop
-        y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else query.new_empty(0, heads, self.value_up.shape[1])
+        parts = [self._decode(*q[:n].tensor_split((self.nope,), -1), cache, step)] if n else []
+        parts += [self._prefill(q[n:][at], self.ops.prompt_latents(cache, part, rows[n:][at]), part)
+                  for at, part in step.prompt_parts(_EXPANDED_KEYS)]
+        width = self.kv_up.shape[1] - self.nope
+        y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else query.new_empty(0, heads, width)
         return _project(self, y, residual_TH)
 
     def _decode(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, step: StepInput) -> torch.Tensor:
-        heads, width, latent = self.value_up.shape
+        key_up, value_up = self.kv_up.tensor_split((self.nope,), 1)
+        heads, width, latent = value_up.shape
         q_SQD = q_rope.new_empty(len(q_rope), heads, latent + q_rope.shape[-1])
-        torch.bmm(q_nope.transpose(0, 1), self.key_up, out=q_SQD[..., :latent].transpose(0, 1))
+        torch.bmm(q_nope.transpose(0, 1), key_up, out=q_SQD[..., :latent].transpose(0, 1))
         q_SQD[..., latent:] = q_rope
         y_SQL = self.ops.mla_decode(q_SQD, cache, step, scale=self.scale, latent=latent)
         y_SQV = y_SQL.new_empty(len(y_SQL), heads, width)
-        torch.bmm(y_SQL.transpose(0, 1), self.value_up.transpose(1, 2), out=y_SQV.transpose(0, 1))
+        torch.bmm(y_SQL.transpose(0, 1), value_up.transpose(1, 2), out=y_SQV.transpose(0, 1))
         return y_SQV
 
-    def _prefill(self, q_nope: torch.Tensor, q_rope: torch.Tensor, context_CD: torch.Tensor) -> torch.Tensor:
-        latent, k_rope = context_CD.to(q_nope.dtype).tensor_split((self.key_up.shape[2],), -1)
-        k_nope = torch.einsum("cl,qnl->cqn", latent, self.key_up)
-        k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
-        v = torch.einsum("cl,qvl->cqv", latent, self.value_up)
-        return self.ops.causal_attention(torch.cat([q_nope, q_rope], -1), k, v, scale=self.scale)
+    def _prefill(self, q_TQD: torch.Tensor, context_CD: torch.Tensor, step: StepInput) -> torch.Tensor:
+        latent, rope = context_CD.tensor_split((self.kv_up.shape[2],), -1)
+        k, v = F.linear(latent, self.kv_up.flatten(0, 1)).unflatten(-1, self.kv_up.shape[:2]).tensor_split((self.nope,), -1)
+        return self.ops.expanded_attention(q_TQD, k, v, rope, step, scale=self.scale)
 
 
 def _project(a: Gqa | Mla, y_TQD: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -133,7 +133,6 @@ def _make_mla(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.
     a = model.attention
     assert a.qk_nope_head_dim is not None
     up = params[f"{i}.kv_up"].unflatten(0, (a.heads // at.tp, a.qk_nope_head_dim + a.v_head_dim))
-    key_up, value_up = up.tensor_split((a.qk_nope_head_dim,), 1)
     kv_down, kv_bias = weight_of(params, f"{i}.kv_down"), params.get(f"{i}.kv_down_bias")
     down = None
     if f"{i}.q_down" in params and f"{i}.q_norm" in params:
@@ -141,6 +140,6 @@ def _make_mla(model: ModelSpec, at: RankLayout, i: int, params: dict[str, torch.
         kv_down = weight_of(params, f"{i}.kv_down")
         down = Down(weight_of(params, f"{i}.q_down"), params.get(f"{i}.q_down_bias"), Norm(params[f"{i}.q_norm"], model.norm_eps),
                     kv_down, kv_bias, both)
-    return Mla(ops, down, weight_of(params, f"{i}.q_up"), kv_down, kv_bias, params[f"{i}.kv_norm"], key_up, value_up,
+    return Mla(ops, down, weight_of(params, f"{i}.q_up"), kv_down, kv_bias, params[f"{i}.kv_norm"], up, a.qk_nope_head_dim,
                weight_of(params, f"{i}.out"), params.get(f"{i}.out_bias"), softmax_scale(a.rope, a.head_dim), a.rope.interleaved,
                model.norm_eps, at.tp == 1)

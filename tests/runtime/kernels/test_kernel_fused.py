@@ -81,8 +81,10 @@ def test_rope_writes_fp8_cache(device, rng) -> None:
     assert relative_error(ours.float(), theirs.float()) < FP8_STEP
 
 
+@pytest.mark.parametrize("few", [0, 1 << 15])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_mla_rope_norm_cache(interleaved, device, rng, monkeypatch) -> None:
+def test_mla_rope_norm_cache(interleaved, few, device, rng, monkeypatch) -> None:
+    monkeypatch.setattr(rope, "_FEW_HEADS", few)  # several heads a program, or one
     q, latent = normal(rng, 4, 3, 48, dtype=HALF).to(device), normal(rng, 4, 64 + 16, dtype=HALF).to(device)
     norm, slots = normal(rng, 64).to(device), torch.tensor([1, -1, 20, 17], device=device)
     positions, table = torch.tensor([9, 0, 3, 50], device=device), angles(16, device)

@@ -32,6 +32,40 @@ def test_attention_of_a_mixed_step(device: torch.device, rng: torch.Generator, w
         assert relative_error(got, want) < 0.01
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_prompts_with_and_without_a_past(device: torch.device, rng: torch.Generator, window: int | None) -> None:
+    """A prompt that goes on reads what is stored; one without a past reads what the step itself made."""
+    segments = [STEP[1], Segment([1] * 9, 0, [4], True), Segment([1] * 5, 14, [2, 7], True), Segment([1] * 3, 0, [6], True)]
+    step = make_step(segments, 16, device)
+    cache, qkv = normal(rng, 8, 2, 16, 2, 32, dtype=HALF), normal(rng, 18, 8, 32, dtype=HALF)
+    q, k, v = qkv.to(device).split([4, 2, 2], 1)
+    cache = cache.to(device)
+    PLAIN.store_kv(cache, k, v, step.slots_T)
+    more = {"scale": 0.2, "window": window, "sinks_Q": None}
+    want = PLAIN.attention(q.float(), cache.float(), step, **more)
+    for block in (4, 6):  # whole prompts need nothing stored
+        cache[block] = float("nan")
+    assert relative_error(FAST.attention(q, cache, step, fresh=(k, v), **more), want) < 0.01
+
+
+def test_prompts_in_parts(device: torch.device) -> None:
+    step = make_step([STEP[0], *(Segment([1] * n, 0, [n], True) for n in (3, 5, 2)), STEP[3]], 16, device)
+    parts = list(step.prompt_parts(8))
+    assert [(at, part.query_lens, part.context_lens) for at, part in parts] == [
+        (slice(0, 8), (3, 5), (3, 5)), (slice(8, 10), (2,), (2,)), (slice(10, 15), (5,), (19,))]
+    assert [part.prompt_starts.tolist() for _, part in parts] == [[0, 3, 8], [0, 2], [0, 5]]
+    assert parts[2][1].prompt_key_starts().tolist() == [0, 19] and parts[2][1].block_tables_SB[0].tolist() == [2, 7]
+    assert [(at, part is step) for at, part in step.prompt_parts(99)] == [(slice(0, 15), True)]
+
+
+def test_latent_prompts(device: torch.device, rng: torch.Generator) -> None:
+    step = make_step([STEP[1], Segment([1] * 9, 0, [4], True), STEP[3]], 16, device)
+    q, kv = normal(rng, 14, 4, 40, dtype=HALF).to(device), normal(rng, 28, 4, 56, dtype=HALF).to(device)
+    k, v, rope = kv[..., :32], kv[..., 32:], normal(rng, 28, 8, dtype=HALF).to(device)
+    want = PLAIN.expanded_attention(q.float(), k.float(), v.float(), rope.float(), step, scale=0.2)
+    assert relative_error(FAST.expanded_attention(q, k, v, rope, step, scale=0.2), want) < 0.01
+
+
 def test_latent_decode(device: torch.device, rng: torch.Generator) -> None:
     cache, q = normal(rng, 8, 16, 48, dtype=HALF).to(device), normal(rng, 3, 4, 48, dtype=HALF).to(device)
     step = make_step(STEP, 16, device)

@@ -1,0 +1,169 @@
+"""Causal attention of prompts of any lengths in one launch: whole prompts, chunks that go on, windows and sinks.
+
+Shapes: T query rows and C keys of S sequences that lie behind one another, H query heads, G key heads, D width of a key, E of a
+value, R columns of keys that all heads share (DeepSeek's rotary part). The last `lens` of a sequence's `contexts` positions
+ask. Nothing depends on lengths but the number of programs, so that no new length needs a plan or a compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class PromptTile:
+    """Query rows and keys a tile, warps, and loads in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+DEFAULT_TILE = PromptTile(128, 64, 8, 3)
+
+
+def prompt_attention(
+    q_THD: torch.Tensor,
+    k_CGD: torch.Tensor,
+    v_CGE: torch.Tensor,
+    starts_S: torch.Tensor,
+    key_starts_S: torch.Tensor,
+    lens: Sequence[int],
+    *,
+    scale: float,
+    shared_CR: torch.Tensor | None = None,
+    window: int = 0,
+    sinks_H: torch.Tensor | None = None,
+    tile: PromptTile | None = None,
+) -> torch.Tensor:
+    """out_THE. `starts_S`, `key_starts_S` int32 [S + 1]: where sequences begin among the queries and among the keys; `lens` says
+    the former on the host. Row i of a sequence sees its keys up to (keys - rows + i), of those the last `window` if > 0.
+
+    `shared_CR`: the last R columns of every head's keys; a query then has D + R. `sinks_H` adds exp(sink) to each head's
+    denominator. Columns must be next to one another, rows and heads may be apart. On Hopper, shapes that
+    `attention_prefill_hopper` takes go there unless `tile` is given.
+    """
+    rows, heads, width = q_THD.shape
+    kv_heads, dim = k_CGD.shape[1:]
+    shared = 0 if shared_CR is None else shared_CR.shape[1]
+    assert width == dim + shared and heads % kv_heads == 0 and v_CGE.shape[:2] == k_CGD.shape[:2]
+    assert all(t.stride(-1) == 1 for t in (q_THD, k_CGD, v_CGE)) and starts_S.dtype == key_starts_S.dtype == torch.int32
+    out_THE = torch.empty(rows, heads, v_CGE.shape[2], dtype=q_THD.dtype, device=q_THD.device)
+    if not max(lens, default=0):
+        return out_THE
+    special = None if tile else _hopper(q_THD, k_CGD, v_CGE, shared_CR)
+    if special is not None:
+        special(q_THD, k_CGD, v_CGE, shared_CR, out_THE, starts_S, key_starts_S, lens, window, sinks_H, scale * _LOG2_E)
+        return out_THE
+    tile = tile or DEFAULT_TILE
+    tiles, count = triton.cdiv(max(lens), tile.rows), len(lens)
+    rope = k_CGD if shared_CR is None else shared_CR
+    _prompt_kernel[(tiles * count * heads,)](
+        q_THD, k_CGD, v_CGE, rope, out_THE, starts_S, key_starts_S, out_THE if sinks_H is None else sinks_H,
+        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), count, tiles, window, scale * _LOG2_E,
+        HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared, OUT=v_CGE.shape[2], WINDOWED=window > 0,
+        HAS_SINKS=sinks_H is not None, BLOCK_D=triton.next_power_of_2(dim), BLOCK_R=triton.next_power_of_2(max(shared, 16)),
+        BLOCK_E=triton.next_power_of_2(v_CGE.shape[2]), BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    return out_THE
+
+
+def _hopper(
+    q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None
+) -> Callable[..., None] | None:
+    """The launcher of the kernel for Hopper's matrix units where it serves; imported only there, as Gluon needs it."""
+    if not q_THD.is_cuda or torch.cuda.get_device_capability(q_THD.device)[0] != 9:
+        return None
+    from runtime.kernels import attention_prefill_hopper
+
+    return attention_prefill_hopper.launch if attention_prefill_hopper.fits(q_THD, k_CGD, v_CGE, shared_CR) else None
+
+
+@triton.jit(do_not_specialize=["count", "tiles", "window"])
+def _prompt_kernel(
+    q, k, v, rope, out, starts, key_starts, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, count, tiles, window,
+    scale_log2, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, OUT: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # heads fastest, so that those which read the same keys run together; a prompt's last rows, which see most, come first
+    pid = tl.program_id(0)
+    head, seq = pid % HEADS, pid // HEADS % count
+    begin, first_key = tl.load(starts + seq), tl.load(key_starts + seq)
+    length, keys = tl.load(starts + seq + 1) - begin, tl.load(key_starts + seq + 1) - first_key
+    row0 = (tiles - 1 - pid // (HEADS * count)) * BLOCK_M
+    if row0 >= length:
+        return
+    row = row0 + tl.arange(0, BLOCK_M)
+    past = keys - length
+    d, r, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    q_rows = q + (begin + row).to(tl.int64)[:, None] * q_row + head * q_head
+    asks = row < length
+    query = tl.load(q_rows + d[None, :], mask=asks[:, None] & (d < DIM)[None, :], other=0.0)
+    k_base = k + first_key.to(tl.int64) * k_row + head // GROUP * k_head
+    v_base = v + first_key.to(tl.int64) * v_row + head // GROUP * v_head
+    rope_base = rope + first_key.to(tl.int64) * rope_row
+    if SHARED:
+        turned = tl.load(q_rows + DIM + r[None, :], mask=asks[:, None] & (r < SHARED)[None, :], other=0.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:  # a key without a value: it only adds to the denominator
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total += 1.0
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    end = tl.minimum(past + row0 + BLOCK_M, keys)  # keys that the last row sees
+    # up to here all rows see all keys
+    clear = (past + row0 + 1) // BLOCK_N * BLOCK_N
+    low = 0
+    if WINDOWED:
+        low = tl.maximum(past + row0 - window + 1, 0) // BLOCK_N * BLOCK_N
+        clear = low
+    for start in range(low, clear, BLOCK_N):
+        key = start + n
+        at = key.to(tl.int64)
+        k_tile = tl.load(k_base + at[:, None] * k_row + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+        s = tl.dot(query, tl.trans(k_tile))
+        if SHARED:
+            r_tile = tl.load(rope_base + at[:, None] * rope_row + r[None, :], mask=(r < SHARED)[None, :], other=0.0)
+            s = tl.dot(turned, tl.trans(r_tile), s)
+        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(p, 1)
+        v_tile = tl.load(v_base + at[:, None] * v_row + e[None, :], mask=(e < OUT)[None, :], other=0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
+        top = new_top
+    for start in range(tl.maximum(clear, low), end, BLOCK_N):
+        key = start + n
+        at, there = key.to(tl.int64), key < keys
+        k_tile = tl.load(k_base + at[:, None] * k_row + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+        s = tl.dot(query, tl.trans(k_tile))
+        if SHARED:
+            r_tile = tl.load(rope_base + at[:, None] * rope_row + r[None, :],
+                             mask=there[:, None] & (r < SHARED)[None, :], other=0.0)  # fmt: skip
+            s = tl.dot(turned, tl.trans(r_tile), s)
+        seen = key[None, :] <= past + row[:, None]
+        if WINDOWED:
+            seen &= key[None, :] > past + row[:, None] - window
+        s = tl.where(seen, s * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row whose window begins later has seen nothing yet
+        p = tl.exp2(s - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        v_tile = tl.load(v_base + at[:, None] * v_row + e[None, :], mask=there[:, None] & (e < OUT)[None, :], other=0.0)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
+        top = new_top
+    value = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    place = out + ((begin + row).to(tl.int64) * HEADS + head)[:, None] * OUT + e[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=asks[:, None] & (e < OUT)[None, :])

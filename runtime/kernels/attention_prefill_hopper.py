@@ -1,0 +1,291 @@
+"""Attention of prompts on Hopper, where the matrix units are the limit.
+
+Same function as `attention_prefill.prompt_attention`, for bf16 heads of 64 or 128 columns (and 64 more that heads share). As many
+programs as multiprocessors take 128 query rows at a time: two warpgroups hold 64 rows each, so that one's exponentials run beside
+the other's products, and a loading warp keeps two tiles of keys and of values on their way by TMA, of the next rows too while
+these are finished. Probabilities go from registers into the second product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from runtime.kernels.splits import multiprocessors
+
+ROWS, KEYS = 128, 128
+
+
+def fits(q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None) -> bool:
+    """Whether this kernel serves these shapes: what the copy engine reads lies at multiples of 16 bytes."""
+    parts = [q_THD, k_CGD, v_CGE, *([] if shared_CR is None else [shared_CR])]
+    return (
+        all(t.dtype == torch.bfloat16 and t.data_ptr() % 16 == 0 and t.stride(-1) == 1 for t in parts)
+        and all(stride % 8 == 0 for t in parts for stride in t.stride()[:-1])
+        and k_CGD.shape[2] in (64, 128) and v_CGE.shape[2] in (64, 128)
+        and (shared_CR is None or shared_CR.shape[1] == 64)
+    )  # fmt: skip
+
+
+def launch(
+    q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None, out_THE: torch.Tensor,
+    starts_S: torch.Tensor, key_starts_S: torch.Tensor, lens: Sequence[int], window: int, sinks_H: torch.Tensor | None,
+    scale_log2: float,
+) -> None:  # fmt: skip
+    """Fill `out_THE` as `attention_prefill`'s kernel does; shapes for which `fits` holds, at least one row."""
+    heads, (kv_heads, dim), out = q_THD.shape[1], k_CGD.shape[1:], v_CGE.shape[2]
+    tiles = triton.cdiv(max(lens), ROWS)
+    items = tiles * len(lens) * heads
+    k_desc = _rows_of(k_CGD, KEYS, dim)
+    rope = k_desc if shared_CR is None else _rows_of(shared_CR[:, None], KEYS, 64)
+    _kernel[(min(items, multiprocessors(q_THD.device.index or 0)),)](
+        _rows_of(q_THD, 64, dim), _rows_of(q_THD, 64, 64), k_desc, _rows_of(v_CGE, KEYS, out), rope, out_THE, starts_S,
+        key_starts_S, out_THE if sinks_H is None else sinks_H, q_THD.stride(1), k_CGD.stride(1), v_CGE.stride(1), len(lens),
+        tiles, items, window, scale_log2, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out,
+        WINDOWED=window > 0, HAS_SINKS=sinks_H is not None, KEYS=KEYS, num_warps=4,
+    )  # fmt: skip
+
+
+def _rows_of(t_TGD: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of so many rows and columns of the tensor laid flat: head g begins at column g * stride(1)."""
+    count, heads, width = t_TGD.shape
+    flat = t_TGD.as_strided((count, (heads - 1) * t_TGD.stride(1) + width), (t_TGD.stride(0), 1))
+    return TensorDescriptor.from_tensor(flat, [rows, columns], gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def _item(w, starts, key_starts, count, tiles, window, HEADS: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr):
+    """(head, first row among all queries, rows left from there, first key among all keys, keys, position of the first row,
+    first tile, tiles' end) of a piece of work. Heads fastest: those that read the same keys run together; the last rows of
+    prompts, which see most, first. Work past a prompt's end has no tiles."""
+    head, seq = w % HEADS, w // HEADS % count
+    begin, first = gl.load(starts + seq), gl.load(key_starts + seq)
+    length, keys = gl.load(starts + seq + 1) - begin, gl.load(key_starts + seq + 1) - first
+    row0 = (tiles - 1 - w // (HEADS * count)) * 128
+    position = keys - length + row0
+    end = gl.cdiv(gl.minimum(position + 128, keys), KEYS)
+    lo = 0
+    if WINDOWED:
+        lo = gl.maximum(position - window + 1, 0) // KEYS
+    end = gl.where(row0 < length, end, lo)
+    return head, begin + row0, length - row0, first, keys, position, lo, end
+
+
+@gluon.jit
+def _load(
+    q_desc, turned_desc, k_desc, v_desc, rope_desc, starts, key_starts, q_head, k_head, v_head, count, tiles, items, window,
+    q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    DIM: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """The loading warp."""
+    done = 0
+    tile = 0
+    for w in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, row, _, first, _, _, lo, end = _item(w, starts, key_starts, count, tiles, window, HEADS, WINDOWED, KEYS)
+        if lo < end:
+            # a fresh barrier counts as having completed phase 1: the first waits pass at once
+            mbarrier.wait(q_empty, done % 2 ^ 1)
+            mbarrier.expect(q_full, 128 * (DIM + (64 if SHARED else 0)) * 2)
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(q_desc, [row + 64 * half, head * q_head], q_full, q_s.index(half))
+                if SHARED:
+                    tma.async_copy_global_to_shared(turned_desc, [row + 64 * half, head * q_head + DIM], q_full, t_s.index(half))
+            for j in range(lo, end):
+                now = tile % 2
+                parity = tile // 2 % 2 ^ 1
+                mbarrier.wait(k_empty.index(now), parity)
+                mbarrier.expect(k_full.index(now), KEYS * (DIM + (64 if SHARED else 0)) * 2)
+                tma.async_copy_global_to_shared(k_desc, [first + j * KEYS, head // GROUP * k_head], k_full.index(now),
+                                                k_s.index(now))  # fmt: skip
+                if SHARED:
+                    tma.async_copy_global_to_shared(rope_desc, [first + j * KEYS, 0], k_full.index(now), r_s.index(now))
+                mbarrier.wait(v_empty.index(now), parity)
+                mbarrier.expect(v_full.index(now), KEYS * OUT * 2)
+                tma.async_copy_global_to_shared(v_desc, [first + j * KEYS, head // GROUP * v_head], v_full.index(now),
+                                                v_s.index(now))  # fmt: skip
+                tile += 1
+            done += 1
+
+
+@gluon.jit
+def _zero_tail(v, valid, KEYS: gl.constexpr, OUT: gl.constexpr):
+    """Zero the rows of a tile past a prompt's end: whatever lies there must not meet a zero weight as NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    for c in gl.static_range(OUT // 64):
+        part = v.slice(c * 64, 64, dim=1)
+        value = part.load(layout)
+        part.store(gl.where((row < valid)[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _scores(q_s, t_s, k_s, r_s, full, empty, parity, KEYS: gl.constexpr, SHARED: gl.constexpr):
+    """q.k of 64 rows and a tile of keys; the tile's buffer is given up."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    s = gl.zeros([64, KEYS], gl.float32, layout=layout)
+    mbarrier.wait(full, parity)
+    s = warpgroup_mma(q_s, k_s.permute((1, 0)), s, use_acc=False, is_async=True)
+    if SHARED:
+        s = warpgroup_mma(t_s, r_s.permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    gl.thread_barrier()
+    mbarrier.arrive(empty, count=1)
+    return s
+
+
+@gluon.jit
+def _add_values(s, v_s, full, empty, parity, top, total, acc, valid, scale_log2, KEYS: gl.constexpr, OUT: gl.constexpr,
+                MASKED: gl.constexpr):  # fmt: skip
+    """Softmax step and p.v; (new maximum, sum, sums of values). Where MASKED, `s` is scaled, -inf where a row does not see."""
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])
+    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    if MASKED:
+        new_top = gl.maximum(top, gl.max(s, 1))
+        base = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row whose window begins later has seen nothing yet
+        p = gl.exp2(s - base[:, None])
+    else:
+        new_top = gl.maximum(top, gl.max(s, 1) * scale_log2)
+        base = new_top
+        p = gl.exp2(s * scale_log2 - base[:, None])
+    decay = gl.exp2(top - base)
+    total = total * decay + gl.sum(p, 1)
+    acc = acc * gl.convert_layout(decay, rows_o)[:, None]
+    weights = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+    mbarrier.wait(full, parity)
+    if MASKED and valid < KEYS:
+        _zero_tail(v_s, valid, KEYS, OUT)
+    acc = warpgroup_mma(weights, v_s, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    gl.thread_barrier()
+    mbarrier.arrive(empty, count=1)
+    return new_top, total, acc
+
+
+@gluon.jit
+def _attend(
+    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, HALF: gl.constexpr, HEADS: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr,
+    WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """A computing warpgroup: the first or second 64 rows of every piece of work."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])
+    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+    q_mine, t_mine = q_s.index(HALF), t_s.index(HALF)
+    done = 0
+    tile = 0
+    for w in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, row, left, _, keys, position, lo, end = _item(w, starts, key_starts, count, tiles, window, HEADS, WINDOWED, KEYS)
+        if lo < end:
+            at = position + 64 * HALF + gl.arange(0, 64, layout=rows_s)
+            top = gl.full([64], float("-inf"), gl.float32, layout=rows_s)
+            total = gl.zeros([64], gl.float32, layout=rows_s)
+            if HAS_SINKS:  # a key without a value: it only adds to the denominator
+                top = gl.zeros([64], gl.float32, layout=rows_s) + gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+                total = total + 1.0
+            acc = gl.zeros([64, OUT], gl.float32, layout=o_layout)
+            clear = lo
+            if not WINDOWED:  # up to here all rows see all keys
+                clear = gl.minimum((position + 64 * HALF + 1) // KEYS, end)
+            mbarrier.wait(q_full, done % 2)
+            for _ in range(lo, clear):
+                now = tile % 2
+                parity = tile // 2 % 2
+                s = _scores(q_mine, t_mine, k_s.index(now), r_s.index(now), k_full.index(now), k_empty.index(now), parity, KEYS,
+                            SHARED)  # fmt: skip
+                top, total, acc = _add_values(s, v_s.index(now), v_full.index(now), v_empty.index(now), parity, top, total, acc,
+                                              KEYS, scale_log2, KEYS, OUT, False)  # fmt: skip
+                tile += 1
+            for j in range(clear, end):
+                now = tile % 2
+                parity = tile // 2 % 2
+                s = _scores(q_mine, t_mine, k_s.index(now), r_s.index(now), k_full.index(now), k_empty.index(now), parity, KEYS,
+                            SHARED)  # fmt: skip
+                key = j * KEYS + column
+                seen = key[None, :] <= at[:, None]
+                if WINDOWED:
+                    seen = seen & (key[None, :] > at[:, None] - window)
+                s = gl.where(seen, s * scale_log2, float("-inf"))
+                top, total, acc = _add_values(s, v_s.index(now), v_full.index(now), v_empty.index(now), parity, top, total, acc,
+                                              keys - j * KEYS, scale_log2, KEYS, OUT, True)  # fmt: skip
+                tile += 1
+            mbarrier.arrive(q_empty, count=1)
+            done += 1
+            value = acc / gl.convert_layout(gl.where(total > 0.0, total, 1.0), rows_o)[:, None]
+            mine = 64 * HALF + gl.arange(0, 64, layout=rows_o)
+            place = ((row + mine).to(gl.int64) * HEADS + head) * OUT
+            e = gl.arange(0, OUT, layout=gl.SliceLayout(0, o_layout))
+            gl.store(out + place[:, None] + e[None, :], value.to(gl.bfloat16), mask=(mine < left)[:, None])
+
+
+@gluon.jit(do_not_specialize=["count", "tiles", "items", "window"])
+def _kernel(
+    q_desc, turned_desc, k_desc, v_desc, rope_desc, out, starts, key_starts, sinks, q_head, k_head, v_head, count, tiles, items,
+    window, scale_log2, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr,
+    WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    ROPE: gl.constexpr = KEYS if SHARED else 16
+    q_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64, DIM], shared)
+    t_s = gl.allocate_shared_memory(gl.bfloat16, [2, 64 if SHARED else 16, 64], shared)
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, DIM], shared)
+    r_s = gl.allocate_shared_memory(gl.bfloat16, [2, ROPE, 64], shared)
+    v_s = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, OUT], shared)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full,
+                    q_empty, k_full, k_empty, v_full, v_empty, 0, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full,
+                    q_empty, k_full, k_empty, v_full, v_empty, 1, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
+                ),
+            ),
+            (
+                _load,
+                (
+                    q_desc, turned_desc, k_desc, v_desc, rope_desc, starts, key_starts, q_head, k_head, v_head, count, tiles,
+                    items, window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS, GROUP,
+                    DIM, SHARED, OUT, WINDOWED, KEYS,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
