@@ -40,7 +40,7 @@ from runtime.layout import RankLayout, single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.quantise import quantise
-from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
+from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout, slice_placement
 from runtime.refine import name_of, refine
 from runtime.tune import chains, tune
 from runtime.weights import load_weights
@@ -88,7 +88,8 @@ class Bench:
         self.kv: list[torch.Tensor] = []
 
     def transformer(self, experts: ExpertComm) -> Transformer:
-        return Transformer(self.model, self.at, self.params, Rig(ops_for("triton"), solo(), experts, self.phases))
+        placed = slice_placement(self.model, self.at) if self.at.ep > 1 else None
+        return Transformer(self.model, self.at, self.params, Rig(ops_for("triton"), solo(), experts, self.phases), placed)
 
     def room(self, sequences: int, context: int) -> int:
         """Make caches, filled at random, for so many sequences; blocks of each."""

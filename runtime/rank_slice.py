@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from runtime.comm.experts import Dispatched
 from runtime.kernels.moe_prefill import weighted_sum
 from runtime.layout import RankLayout
+from twin.policy.placement import place_global
 from twin.spec.errors import SpecError
 from twin.spec.model import ModelSpec
 
@@ -77,23 +79,35 @@ def slice_layout(model: ModelSpec, ep: int, redundant: int = 0, rank: int = 0) -
     return RankLayout(rank, 0, "mixed", 0, 0, ep, 1, ep, rank, 0, slots)
 
 
+def slice_placement(model: ModelSpec, at: RankLayout) -> list[list[int]]:
+    """Slot -> expert of every MoE layer, as a balancer places them: the first experts are twice as popular and have the redundant
+    slots, which lie apart."""
+    m = model.moe
+    assert m is not None
+    load_E = np.ones(m.experts)
+    load_E[:at.slots - m.experts] = 2
+    row: list[int] = place_global(load_E[None], at.slots, at.ep).slot_to_logical[0].tolist()
+    return [row] * model.moe_layers
+
+
 def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float, seed: int,
                   device: torch.device | str) -> list[Arrival]:
     """Route `tokens` tokens of each of the instance's ranks in every MoE layer and keep what reaches this rank.
 
-    Experts are chosen without replacement with odds exp(skew z), z normal: `skew` 0 is uniform. Redundant slots repeat the
-    first experts, which are twice as popular, since a balancer would not have doubled them otherwise: every slot gets alike.
-    A token that chose an expert of several replicas goes to one of them at random.
+    Experts are chosen without replacement with odds exp(skew z), z normal: `skew` 0 is uniform. Experts of two replicas are twice
+    as popular, since a balancer would not have doubled them otherwise: every slot gets alike. A token that chose one goes to
+    either replica at random.
     """
     m = model.moe
     assert m is not None
     stream = torch.Generator(device).manual_seed(seed)
     total = tokens * at.dp
     arrivals = []
+    here_EP = _replicas_here(slice_placement(model, at)[0], m.experts, at).to(device)
     for _ in range(model.moe_layers):
         odds = skew * torch.randn(m.experts, generator=stream, device=device)
         odds[:at.slots - m.experts] += math.log(2)
-        parts = [_local_slots(m.top_k, at, odds, min(_DRAWN, total - first), stream) for first in range(0, total, _DRAWN)]
+        parts = [_local_slots(m.top_k, here_EP, odds, min(_DRAWN, total - first), stream) for first in range(0, total, _DRAWN)]
         local = torch.cat(parts)
         local = local if len(local) else torch.zeros(1, dtype=local.dtype, device=device)
         n = len(local)
@@ -104,11 +118,19 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
     return arrivals
 
 
-def _local_slots(top_k: int, at: RankLayout, odds_E: torch.Tensor, tokens: int, stream: torch.Generator) -> torch.Tensor:
+def _replicas_here(slot_experts: list[int], experts: int, at: RankLayout) -> torch.Tensor:
+    """Of each expert's replicas the slots counted from this rank's first, -1 where they are elsewhere; an expert of fewer replicas
+    has its own several times. int64 [E, most replicas]."""
+    slots = [[slot - at.local_slots.start if slot in at.local_slots else -1 for slot, e in enumerate(slot_experts) if e == expert]
+             for expert in range(experts)]
+    most = math.lcm(*(len(own) for own in slots))
+    return torch.tensor([own * (most // len(own)) for own in slots])
+
+
+def _local_slots(top_k: int, here_EP: torch.Tensor, odds_E: torch.Tensor, tokens: int, stream: torch.Generator) -> torch.Tensor:
     """Of what `tokens` tokens choose, the slots that are here, counted from this rank's first: int64 [rows that arrive]."""
-    experts, device = len(odds_E), odds_E.device
+    (experts, replicas), device = here_EP.shape, odds_E.device
     noise = torch.rand(tokens, experts, generator=stream, device=device).clamp(min=1e-12)
     ids = (odds_E - noise.log().neg().log()).topk(top_k, -1)[1]
-    extra = ids < at.slots - experts  # of two replicas, the second half of the time
-    slots = torch.where(extra & (torch.rand(ids.shape, generator=stream, device=device) < 0.5), ids + experts, ids)
-    return slots[(slots >= at.local_slots.start) & (slots < at.local_slots.stop)] - at.local_slots.start
+    slots = here_EP[ids, torch.randint(replicas, ids.shape, generator=stream, device=device)]
+    return slots[slots >= 0]

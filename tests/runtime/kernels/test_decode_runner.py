@@ -16,7 +16,7 @@ from runtime.layout import single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.quantise import quantise, quantise_rows
-from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout
+from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout, slice_placement
 from runtime.tiny import tiny_config
 from runtime.weights import load_weights
 from twin.spec.errors import SpecError
@@ -123,6 +123,17 @@ def test_a_slice_receives_what_routing_sends(device: torch.device, skew: float, 
     assert torch.equal(comm.combine(arrived.x_NH, arrived), x * model.moe.top_k)
     with pytest.raises(SpecError, match="divide"):
         slice_layout(model, 3)
+
+
+def test_replicas_of_a_slice_lie_apart_and_share_their_experts_tokens(device: torch.device) -> None:
+    """Every rank has one of the redundant slots, as a balancer spreads them, and all ranks together get all choices."""
+    model = tiny("qwen3_moe")
+    placed = slice_placement(model, slice_layout(model, 4, 4))[0]
+    assert all(len({slot // 3 for slot in range(12) if placed[slot] == expert}) == 2 for expert in range(4))
+    rows = [SliceComm(draw_arrivals(model, slice_layout(model, 4, 4, rank), 500, skew=0.0, seed=1, device=device)).rows
+            for rank in range(4)]
+    for layer in zip(*rows, strict=True):
+        assert 0.93 < sum(layer) / (4 * 500 * model.moe.top_k) < 1.07 and max(layer) < 1.25 * min(layer)
 
 
 def test_a_slice_takes_steps_of_its_own_tokens(device: torch.device) -> None:
