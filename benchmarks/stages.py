@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import re
 import sys
 import threading
@@ -53,6 +54,8 @@ class Stages:
                 (self._folder / f"more{self._rank}").write_text(self.look(), encoding="utf-8")
         finally:
             call_off()
+            time.sleep(_GRACE_S)
+            os._exit(1)  # should nobody be there to end it
 
     def ended(self) -> None:
         faulthandler.cancel_dump_traceback_later()
