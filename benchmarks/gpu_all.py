@@ -85,6 +85,7 @@ JOBS = (
     Job("profile", ("-m", "runtime.gpu_operators", "{out}/profile.json", "--budget", "{budget}"), 60, 240, again=True),
     _tests("agreement", "tests/runtime/test_agreement.py", least_s=120, most_s=420),
     Job("operators", ("benchmarks/operators.py", "--suite", "--json", "{out}/operators.json"), 60, 200),
+    Job("mla_splits", ("-m", "benchmarks.mla_splits", "--json", "{out}/mla_splits.json"), 40, 120),
     Job("fp8_products", ("-m", "benchmarks.fp8_products", "--json", "{out}/fp8_products.json"), 60, 150),
     Job("calibrate", ("-m", "twin.cli", "calibrate", "qwen3_30b_one_gpu", "--device", "cuda", "--budget", "60", "--out",
                       "{out}/calibrate"), 100, 240),

@@ -152,7 +152,7 @@ class Surface:
 
 def as_cut(shape: Shape, seqs: Array, context: Array) -> Array:
     """How much longer our latent attention takes, as the engine cuts it, than a table measured with batches that are powers of
-    two and cuts that fill the device once."""
+    two and cuts that fill the device once (a table measured since then has 17 of 232 points with other cuts)."""
     return chosen_seconds(shape, seqs, context) / measured_seconds(shape, seqs, context)
 
 
