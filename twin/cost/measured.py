@@ -17,7 +17,7 @@ from twin.cost.batch import INDEX, Array
 from twin.cost.interpolate import Curve, Interpolator
 from twin.cost.roofline import Op
 from twin.cost.work import equivalent_tokens
-from twin.policy.latent_cuts import Shape, chosen_seconds, measured_seconds
+from twin.policy.latent_cuts import Shape, chosen_over_measured
 from twin.spec.base import Source
 from twin.spec.model import Attention
 
@@ -107,7 +107,7 @@ class Surface:
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
     log_products: Array | None = None  # dense products that the table includes, over `ROWS`, one layer
-    cut: Shape | None = None  # of our own latent attention, which is cut into rounds of programs
+    cut: Shape | None = None  # of our own latent attention: the table is measured with the cuts of before
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Surface:
         context = x[..., INDEX["decode_kv"]] / np.maximum(seqs, 1.0)
         each = _read_two(self.log_s, seqs, context)
         if self.cut is not None:
-            each = each * as_cut(self.cut, seqs, context)
+            each = each * chosen_over_measured(self.cut, seqs, context)
         if self.drafts:  # tables have one query a sequence; more of them share the keys that are read beside the arithmetic
             each = np.maximum(each, x @ self.bounds[0] * self.share / self.op.layers)
         return np.asarray(each * self.op.layers / self.share * (seqs > 0))
@@ -148,12 +148,6 @@ class Surface:
             products = _read(self.log_products, np.maximum(chunks, 1.0) * length)
             each = np.maximum(each - products, self._bound(x) * self.share / self.op.layers)  # the bound knows the share
         return np.asarray(each * self.op.layers / self.share * (tokens > 0))
-
-
-def as_cut(shape: Shape, seqs: Array, context: Array) -> Array:
-    """How much longer our latent attention takes, as the engine cuts it, than a table measured with batches that are powers of
-    two and cuts that fill the device once (a table measured since then has 17 of 232 points with other cuts)."""
-    return chosen_seconds(shape, seqs, context) / measured_seconds(shape, seqs, context)
 
 
 Measured = RowTable | Surface

@@ -8,10 +8,10 @@ from cost_cases import cost_model, gqa_model, pool_of
 
 from twin.cost.batch import StepBatch
 from twin.cost.evidence import Evidence
-from twin.cost.measured import _divisible, as_cut
+from twin.cost.measured import _divisible
 from twin.cost.model import CostModel
 from twin.cost.profile import GpuPeaks, Profile, ProfileStore, Source, Table
-from twin.policy.latent_cuts import Shape
+from twin.policy.latent_cuts import Shape, chosen_over_measured
 from twin.spec.load import load_cluster, load_gpu, load_model
 from twin.spec.model import ModelSpec
 from twin.spec.plan import Plan, PoolPlan
@@ -116,7 +116,7 @@ def test_our_latent_attention_takes_as_long_as_its_rounds() -> None:
     """132 programs at a time: batches of the table fill their rounds and stay as measured; what exceeds a round costs a short
     one, far from the whole round that it cost uncut; a batch that was cut too little gains."""
     seqs, context = np.array([1.0, 32.0, 96.0, 128.0, 160.0, 256.0, 264.0, 400.0, 512.0]), np.full(9, 4096.0)
-    longer = as_cut(Shape(64, 132), seqs, context)
+    longer = chosen_over_measured(Shape(64, 132), seqs, context)
     assert longer[[0, 1, 2, 3, 5, 6, 8]] == pytest.approx(np.ones(7), abs=0.04)
     assert 1.0 < longer[4] < 1.2 < 2 / 1.25 and 1.0 < longer[7] < 1.15 < 4 / 3.125
-    assert as_cut(Shape(128, 132), np.array([40.0]), np.array([8000.0]))[0] < 0.85
+    assert chosen_over_measured(Shape(128, 132), np.array([40.0]), np.array([8000.0]))[0] < 0.85

@@ -11,10 +11,9 @@ from twin.policy.latent_cuts import (
     Shape,
     block_heads,
     choose_cut,
-    chosen_seconds,
+    chosen_over_measured,
     filling,
     in_full_rounds,
-    measured_seconds,
     seconds,
 )
 
@@ -75,7 +74,7 @@ def test_no_choice_is_predicted_to_take_longer_than_filling_the_device_once() ->
                 assert 1 <= cut.splits <= 64 and 0 <= cut.whole <= sequences
                 assert cut.splits <= -(-bound // 64), "no split without a tile"
                 n, c = np.array([float(sequences)]), np.array([float(bound)])
-                assert chosen_seconds(shape, n, c)[0] <= seconds(shape, n, c, 0, filling(shape, n, c))[0] * (1 + 1e-9)
+                assert sequences * shape.blocks > SLOTS or chosen_over_measured(shape, n, c)[0] <= 1.0
 
 
 def test_whole_sequences_fill_their_rounds() -> None:
@@ -98,8 +97,10 @@ def test_padding_of_a_graph_adds_no_round(real: int) -> None:
     assert took <= float(seconds(Shape(64, SLOTS), 160, 4096, cut.whole, cut.splits)) + 1e-12
 
 
-def test_a_table_of_powers_of_two_is_what_was_chosen_then() -> None:
-    """Up to a round what filled it, beyond in proportion to programs: the measured batches themselves, as uncut rounds."""
-    shape, context = Shape(64, SLOTS), np.full(4, 4096.0)
-    batches = np.array([32.0, 64.0, 128.0, 256.0])
-    assert measured_seconds(shape, batches, context) == pytest.approx(seconds(shape, batches, context, 0, np.array([4, 2, 1, 1])))
+def test_a_table_of_powers_of_two_keeps_what_it_says_of_batches_whose_cut_is_kept() -> None:
+    """Beyond a round in proportion to programs: 256 are the two rounds that they were measured as."""
+    context = np.full(4, 4096.0)
+    assert chosen_over_measured(Shape(64, SLOTS), np.array([32.0, 64.0, 128.0, 256.0]), context) == pytest.approx(np.ones(4))
+    longer = chosen_over_measured(Shape(64, SLOTS), np.array([160.0, 200.0, 264.0, 300.0]), context)
+    uncut = np.array([2, 2, 2, 3]) / (np.array([160, 200, 264, 300]) / 128)
+    assert (longer <= uncut + 0.02).all() and longer[0] < 0.75 * uncut[0]
