@@ -39,11 +39,11 @@ KERNELS = {16: Kernel(3.3e-6, 4.8e-6, 2.35e-6), 32: Kernel(2.3e-6, 7.5e-6, 3.27e
 """By the heads of a block. Tiles take as long alone as among 132 (1 and 4 sequences of 65,536 tokens: 2.3 to 2.6 us)."""
 
 # Splits add parts in fp32 that are written and read again. Same file, what a split batch takes over its rounds: 512 rows (4
-# sequences of 128 heads) 2.2 us, 4,096 rows 9.4 us, of as many bytes; what exceeds that goes at the rate that
+# sequences of 128 heads) 2.2 us, 4,096 rows 9.4 us, of as many bytes, which stay in L2; what does not goes at the rate that
 # h200_operators.json reads with. Four and eight splits took 20 us a 2,048 rows with a merge that is gone.
 _MERGE_LAUNCH_S = 2.2e-6
 _MERGE_ROW_S = 1.8e-9
-_BYTES_PER_S = 4.5e12
+_L2_BYTES, _BYTES_PER_S = 50e6, 4.5e12
 _FEW, _MOST = 16, 64
 _WORTH = 0.97  # of the seconds: a smaller gain is within what these constants are off
 _LEAST_CONTEXT = 1024  # of the contexts that a choice is made for
@@ -86,7 +86,8 @@ def seconds(shape: Shape, sequences: ArrayLike, tokens: ArrayLike, whole: ArrayL
     rounds = _rounds(shape, np.asarray(whole))
     short = _rounds(shape, rest * splits)
     rows = rest * shape.heads
-    merge = _MERGE_LAUNCH_S + np.maximum(rows * _MERGE_ROW_S, rows * LATENT * (8.0 * splits + 2.0) / _BYTES_PER_S)
+    beyond_l2 = rows * LATENT * (8.0 * splits + 2.0) - _L2_BYTES
+    merge = _MERGE_LAUNCH_S + np.maximum(rows * _MERGE_ROW_S, beyond_l2 / _BYTES_PER_S)
     merge = np.where((splits > 1) & (rest > 0), merge, 0.0)
     return np.asarray(kernel.launch_s + rounds * (kernel.program_s + tiles * kernel.tile_s) +
                       short * (kernel.program_s + np.ceil(tiles / splits) * kernel.tile_s) + merge)

@@ -27,10 +27,10 @@ SLOTS = 132
     (128, 128, 4096, Cut(128, 1)),  # 256 programs, two rounds
     (66, 128, 4096, Cut(66, 1)),
     (160, 64, 2500, Cut(132, 4)),  # 28 remain: 112 programs
-    (200, 128, 1500, Cut(198, 12)),  # 2 of two blocks remain: a split has two tiles
+    (200, 128, 1500, Cut(198, 24)),  # 2 of two blocks remain: a split has a tile
     (300, 16, 2000, Cut(264, 3)),  # 36 remain
     (20, 64, 4096, Cut(0, 6)),  # nothing fills a round: all are cut to fill it
-    (1, 128, 4096, Cut(0, 16)),
+    (1, 128, 4096, Cut(0, 64)),
     (1, 16, 65536, Cut(0, 64)),
     (1, 64, 64, Cut(1, 1)),  # one tile
     (0, 64, 64, Cut(0, 1)),
@@ -104,3 +104,12 @@ def test_a_table_of_powers_of_two_keeps_what_it_says_of_batches_whose_cut_is_kep
     longer = chosen_over_measured(Shape(64, SLOTS), np.array([160.0, 200.0, 264.0, 300.0]), context)
     uncut = np.array([2, 2, 2, 3]) / (np.array([160, 200, 264, 300]) / 128)
     assert (longer <= uncut + 0.02).all() and longer[0] < 0.75 * uncut[0]
+
+
+@pytest.mark.parametrize("longest", [2048, 4096, 32768])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+def test_one_sequence_meets_every_merge_that_batches_need(heads: int, longest: int) -> None:
+    """An engine's warm-up takes one decode at every power of two of context: merges are compiled by powers of two of splits."""
+    width = lambda sequences, context: (choose_cut(sequences, heads, context, SLOTS).splits - 1).bit_length()  # noqa: E731
+    warm = {width(1, 1 << octave) for octave in range(longest.bit_length())}
+    assert {width(n, c) for n in range(2, 290, 3) for c in range(64, longest + 1, longest // 12)} <= warm
