@@ -34,7 +34,7 @@ import torch
 from benchmarks import recording
 from runtime.batch import Segment
 from runtime.board import Board
-from runtime.clock import Clock
+from runtime.clock import Clock, Cut
 from runtime.layout import layouts
 from runtime.loop import StepLoop
 from runtime.options import EngineOptions
@@ -107,11 +107,11 @@ class Timed(StepLoop):
 
     own_s = 0.0
 
-    def _end_step(self) -> dict[str, float]:
+    def _end_step(self) -> Cut:
         began = time.process_time()
-        parts = super()._end_step()
+        cut = super()._end_step()
         self.own_s += time.process_time() - began
-        return parts
+        return cut
 
     def _write_down(self, *args: Any) -> None:
         began = time.process_time()
@@ -125,6 +125,7 @@ class TimedLog(StepLog):
     own_s = 0.0
 
     def send_due(self) -> None:
+        self.settle()  # which the loop counts
         began = time.process_time()
         super().send_due()
         self.own_s += time.process_time() - began

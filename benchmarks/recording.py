@@ -4,8 +4,9 @@ Three kinds of steps. `plain`: marks note the phase alone. `timed`: events on th
 are taken and dropped. `recorded`: they are kept, packed and sent, as a run that records does. Which kind a step is, is drawn for
 every step (`by_step`, little noise), or is the same for a whole round of requests (`by_round`: rounds of the three kinds follow
 one another in an order drawn anew each time, so that what a step leaves to the next counts too). Wall seconds, since the host
-waits for the device: what the host does meanwhile costs nothing. `own_s` is what taking and keeping a step's times takes the
-host, `mark_s` what a mark takes with and without events, apart from any step.
+waits for the device: what the host does meanwhile costs nothing. `own_s` is what ending a step's times takes the
+host between steps, `later_s` what reading and keeping them takes it while the next step runs, `mark_s` what a mark takes with and
+without events, apart from any step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.clock import Clock, DeviceClock
+from runtime.clock import Clock, Cut, DeviceClock
 from runtime.loop import StepLoop
 from runtime.rank import Rank
 from runtime.records import StepLog
@@ -51,26 +52,23 @@ class Dropped(StepLog):
 
     def add(self, *args: Any) -> None: ...
 
-    def send_due(self) -> None: ...
-
-    def flush(self) -> None: ...
-
 
 class Loop(StepLoop):
-    """Notes what each step's record took."""
+    """Notes what each step's record took, most of it while the next step runs on the device."""
 
     own: list[float]
+    later: list[float]
 
-    def _end_step(self) -> dict[str, float]:
+    def _end_step(self) -> Cut:
         began = time.perf_counter()
-        parts = super()._end_step()
+        cut = super()._end_step()
         self.own.append(time.perf_counter() - began)
-        return parts
+        return cut
 
     def _write_down(self, *args: Any) -> None:
         began = time.perf_counter()
         super()._write_down(*args)
-        self.own[-1] += time.perf_counter() - began
+        self.later.append(time.perf_counter() - began)
 
 
 class Script:
@@ -87,12 +85,13 @@ class Script:
         self.kind, self.requests, self.sent_bytes, self.records = "recorded", 0, 0, 0
         self.took: Took = {}
         self.own: Took = {}
+        self.later: list[float] = []
         self._last: float | None = None
 
     def begin(self, loop: Loop, requests: int) -> None:
         """A round."""
         self.loop, self.requests, self._last = loop, requests, None
-        loop.own = []
+        loop.own, loop.later = [], []
         self._become(self.choose())
 
     def drain(self, *, wait: bool) -> list[Json]:
@@ -109,7 +108,9 @@ class Script:
         if self._last is not None and len(message["out"]) == self.requests and not message["began"]:
             self.took.setdefault(self.kind, []).append(now - self._last)
             self.own.setdefault(self.kind, []).extend(self.loop.own)
+            self.later += self.loop.later
         self.loop.own.clear()
+        self.loop.later.clear()
         self._become(self.choose())
         self._last = time.monotonic()
 
@@ -139,7 +140,8 @@ def by_step(rank: Rank, clock: Switched, requests: int, tokens: int, rounds: int
     more = {kind: apart(script.took[kind], script.took["plain"], stream) for kind in KINDS[1:]}
     own = {kind: {"median_s": statistics.median(script.own[kind]), "mean_s": statistics.fmean(script.own[kind])}
            for kind in KINDS[1:]}
-    return {**found, "over_plain": more, "own_s": own}
+    later = statistics.median(script.later) if script.later else 0.0
+    return {**found, "over_plain": more, "own_s": own, "later_s": later}
 
 
 def by_round(rank: Rank, clock: Switched, requests: int, tokens: int, cycles: int) -> Json:
@@ -222,6 +224,7 @@ def lines(requests: int, row: Json) -> list[str]:
         for kind, gaps in told["over_plain"].items():
             each = ", ".join(f"{name} {gap['share']:+.2%} ({gap['low']:+.2%} .. {gap['high']:+.2%})"
                              for name, gap in gaps.items())
-            own = f"; a record's own {told['own_s'][kind]['median_s'] * 1e6:.1f} us" if "own_s" in told else ""
+            own = (f"; between steps {told['own_s'][kind]['median_s'] * 1e6:.1f} us, beside them {told['later_s'] * 1e6:.1f}"
+                   if "own_s" in told else "")
             found.append(f"    {kind:9} {each}{own}")
     return found

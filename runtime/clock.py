@@ -16,6 +16,8 @@ from runtime.faults import Injector
 ON_DEVICE = frozenset({"embed", "attention", "dense_ffn", "gate", "dispatch", "experts", "combine", "shared_experts", "head",
                        "draft", "graph"})
 """Phases whose work a GPU does while the host is elsewhere."""
+Cut = tuple[dict[str, float], int]
+"""The host's seconds by phase, and how many marks there had been on the device."""
 
 
 class Clock:
@@ -60,7 +62,19 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
-        parts = self._take()
+        return self.read(self.cut())
+
+    def cut(self) -> Cut:
+        """End what `read` is to tell of here; cuts are read in their order, each before or after the next one is made."""
+        now = time.monotonic()
+        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        parts, self._parts = self._parts, {}
+        return parts, self._marks()
+
+    def read(self, cut: Cut) -> dict[str, float]:
+        """Seconds by phase between the cut before and this one."""
+        parts = self._read(cut)
         if self.sums:
             for phase, seconds in parts.items():
                 self._spent[phase] = self._spent.get(phase, 0.0) + seconds
@@ -70,12 +84,11 @@ class Clock:
         """Seconds of a phase that were taken since `sums` was set."""
         return self._spent.get(phase, 0.0)
 
-    def _take(self) -> dict[str, float]:
-        now = time.monotonic()
-        self._parts[self._phase] = self._parts.get(self._phase, 0.0) + now - self._since
-        self._since = now
-        parts, self._parts = self._parts, {}
-        return parts
+    def _marks(self) -> int:
+        return 0
+
+    def _read(self, cut: Cut) -> dict[str, float]:
+        return cut[0]
 
 
 class DeviceClock(Clock):
@@ -91,7 +104,8 @@ class DeviceClock(Clock):
         super().__init__(board, rank, faults)
         self._make_event = make_event
         self._spare: list[Any] = []
-        self._marks: list[tuple[str, Any]] = []
+        self._marked: list[tuple[str, Any]] = []
+        self._read_marks = 0  # how many are no longer in the list
         self._serves = self._timing = False  # marks while graphs are captured are not times
 
     def mark(self, phase: str) -> None:
@@ -102,18 +116,22 @@ class DeviceClock(Clock):
         if self._serves and (self._timing or phase in ON_DEVICE):
             event = self._spare.pop() if self._spare else self._make_event()
             event.record()
-            self._marks.append((phase, event))
+            self._marked.append((phase, event))
             self._timing = phase in ON_DEVICE
 
-    def _take(self) -> dict[str, float]:
-        parts, device = super()._take(), dict[str, float]()
-        marks, last = self._marks, len(self._marks) - 1
+    def _marks(self) -> int:
+        return self._read_marks + len(self._marked)
+
+    def _read(self, cut: Cut) -> dict[str, float]:
+        parts, device = dict(cut[0]), dict[str, float]()
+        marks, last = self._marked, cut[1] - self._read_marks - 1
         while last > 0 and not marks[last][1].query():
             last -= 1
         for (phase, event), (_, until) in pairwise(marks[:last + 1]):
             if phase in ON_DEVICE:
                 device[phase] = device.get(phase, 0.0) + event.elapsed_time(until) / 1e3
             self._spare.append(event)
-        del marks[:last]
+        del marks[:max(0, last)]
+        self._read_marks += max(0, last)
         host_s = sum(parts.pop(phase, 0.0) for phase in ON_DEVICE) + parts.pop("sample", 0.0)
         return {**parts, **device, "sample": max(0.0, host_s - sum(device.values()))} if host_s or device else parts

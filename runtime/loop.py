@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from runtime.batch import Segment, halve, logit_rows, make_step
-from runtime.clock import Clock
+from runtime.clock import Clock, Cut
 from runtime.comm.group import PeerLost
 from runtime.comm.waiting import check_peers
 from runtime.compiles import compiles
@@ -143,8 +144,7 @@ class StepLoop:
             return
         self._rounds += 1
         if self._rebalancer is not None:
-            if self.log is None:
-                self.clock.take()
+            self.clock.take() if self.log is None else self.log.settle()  # it looks at what the last step took
             self._rebalancer.step(agreed.milestone)
         self.working = [*plan.decode, *(chunk.request_id for chunk in plan.prefill)]
         segments = self._share(segments, packed, agreed.plan_size)
@@ -166,13 +166,16 @@ class StepLoop:
             self._drafter.follow(segments, owners, states, agreed.capacity)
         if self.rank.progress is not None:
             self.rank.progress.end()
-        parts = self._end_step() if self.log is not None else {}
+        cut = self._end_step() if self.log is not None else None
         news: Message | None = None
         if self._desk is not None and taken is not None:
             self.clock.mark("book")
             news = self._desk.book(plan, taken, scheduled_at)
-        if self.log is not None:
-            self._write_down(self.log, parts, plan, segments, taken, news)
+        if self.log is not None and cut is not None:
+            times = (self._began, self._ended, self._step_cpu_s, self._rounds)
+            self.log.owe(partial(self._write_down, self.log, times, cut, plan, segments, taken, news))
+            if news is not None and not any(news["load"][:2]):
+                self.log.flush()  # before the news that ends the last request
         if news is not None:
             self.control.send(news)
 
@@ -221,22 +224,19 @@ class StepLoop:
             states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) if overlaps else agreed.capacity)
             return model.head(states[logit_rows(steps)]), None, states
 
-    def _end_step(self) -> dict[str, float]:
-        """A step's times end here, on the machine's monotonic clock; its seconds by phase."""
+    def _end_step(self) -> Cut:
+        """A step's times end here, on the machine's monotonic clock."""
         self._ended, cpu_s = time.monotonic(), time.process_time()
         self._step_cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
-        return self.clock.take()
+        return self.clock.cut()
 
-    def _write_down(self, log: StepLog, parts: dict[str, float], plan: StepPlan, segments: list[Segment], taken: Taken | None,
-                    news: Message | None) -> None:
-        """Add the step to the log. What is known of it leaves before the news that ends the last request."""
-        what, load = IDLE, None
+    def _write_down(self, log: StepLog, times: tuple[float, float, float, int], cut: Cut, plan: StepPlan, segments: list[Segment],
+                    taken: Taken | None, news: Message | None) -> None:
+        """Add a step to the log."""
+        what = IDLE
         if taken is not None and news is not None:
-            load = news["load"]
-            what = did(plan, segments, len(taken.out), load[2], taken.drafted, taken.stood)
-        log.add(self._began, self._ended, self._step_cpu_s, self._rounds, parts, what)
-        if load is not None and not load[0] and not load[1]:
-            log.flush()
+            what = did(plan, segments, len(taken.out), news["load"][2], taken.drafted, taken.stood)
+        log.add(*times, self.clock.read(cut), what)
 
 
 @dataclass
@@ -295,7 +295,7 @@ class Desk:
         return [request.draft] + [0] * (count - 1) if request.draft >= 0 else []  # the further ones are yet to be drafted
 
     def tell_starts(self, plan: StepPlan) -> None:
-        """Name the prompts that begin now, whose KV is to leave while the rest of them is computed, and their blocks."""
+        """Name the prompts that begin now, whose KV is to leave while the rest is computed, and their blocks."""
         for chunk in plan.prefill:
             request = self._requests[chunk.request_id]
             if request.early and not request.told and not chunk.is_last:

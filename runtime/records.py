@@ -2,9 +2,9 @@
 somebody asks.
 
 A rank takes hundreds of steps a second, and after each of them all of this code has left the processor's caches. So a step
-only keeps its numbers; packing them waits for a batch, and names, roundings and dictionaries are the reader's. A batch leaves
-once it is full or `BATCH_S` old, while the next step runs on the device, and whenever the rank has nothing left to do; a rank
-that is killed takes with it the rows since its last batch.
+only ends its times; what it did is written down while the next step runs on the device, packing waits for a batch, and names,
+roundings and dictionaries are the reader's. A batch leaves once it is full or `BATCH_S` old, while the device is busy too, and
+whenever the rank has nothing left to do; a rank that is killed takes with it the rows since its last batch.
 """
 
 from __future__ import annotations
@@ -54,19 +54,33 @@ class StepLog:
     def __init__(self, send: Callable[[Record], None]) -> None:
         self._send = send
         self._kept: list[tuple[float, float, float, int, Mapping[str, float], Did]] = []
+        self._owed: Callable[[], None] | None = None
+
+    def owe(self, write_down: Callable[[], None]) -> None:
+        """A step that `write_down` will add, once the device is busy with the next one."""
+        self.settle()
+        self._owed = write_down
+
+    def settle(self) -> None:
+        """Add the step that is owed."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed()
 
     def add(self, start: float, end: float, cpu_s: float, number: int, parts: Mapping[str, float], what: Did) -> None:
         """Keep a step: times on the machine's monotonic clock, the round's number, seconds by phase."""
         self._kept.append((start, end, cpu_s, number, parts, what))
 
     def send_due(self) -> None:
-        """Send the batch if it is time; for when the device is busy."""
+        """Add the step that is owed, and send the batch if it is time; for when the device is busy."""
+        self.settle()
         kept = self._kept
         if kept and (len(kept) >= BATCH_ROWS or kept[-1][1] - kept[0][0] >= BATCH_S):
             self.flush()
 
     def flush(self) -> None:
         """Send what there is."""
+        self.settle()
         if not self._kept:
             return
         phases = list(dict.fromkeys(phase for *_, parts, _ in self._kept for phase in parts))
