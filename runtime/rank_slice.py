@@ -119,8 +119,8 @@ def draw_arrivals(model: ModelSpec, at: RankLayout, tokens: int, *, skew: float,
 
 
 def _replicas_here(slot_experts: list[int], experts: int, at: RankLayout) -> torch.Tensor:
-    """Of each expert's replicas the slots counted from this rank's first, -1 where they are elsewhere; an expert of fewer replicas
-    has its own several times. int64 [E, most replicas]."""
+    """Of each expert's replicas the slots counted from this rank's first, -1 where they are elsewhere; an expert of fewer
+    replicas has its own several times. int64 [E, most replicas]."""
     slots = [[slot - at.local_slots.start if slot in at.local_slots else -1 for slot, e in enumerate(slot_experts) if e == expert]
              for expert in range(experts)]
     most = math.lcm(*(len(own) for own in slots))

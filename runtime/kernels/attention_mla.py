@@ -133,10 +133,13 @@ def _mla_kernel(
         top = new_top
     seen = tl.where(total > 0.0, total, 1.0)
     value = acc / seen[:, None]
+    # found again: what a program held through the loop would cost it registers that it has not (32 heads)
+    item, mine = tl.program_id(0) // GROUPS, head < heads
     if item < whole:
-        place = (seq * heads + head)[:, None] * LATENT + c[None, :]
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=(head < heads)[:, None])
+        place = (item.to(tl.int64) * heads + head)[:, None] * LATENT + c[None, :]
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=mine[:, None])
     else:
-        part = ((seq - whole) * heads + head) * splits + split
-        tl.store(lse + part, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=head < heads)
-        tl.store(parts + part[:, None] * LATENT + c[None, :], value, mask=(head < heads)[:, None])
+        piece = (item - whole).to(tl.int64)
+        part = (piece // splits * heads + head) * splits + piece % splits
+        tl.store(lse + part, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=mine)
+        tl.store(parts + part[:, None] * LATENT + c[None, :], value, mask=mine[:, None])

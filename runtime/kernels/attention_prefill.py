@@ -88,6 +88,36 @@ def _hopper(
     return attention_prefill_hopper.launch if attention_prefill_hopper.fits(q_THD, k_CGD, v_CGE, shared_CR) else None
 
 
+@triton.jit
+def _tile(
+    start, query, turned, k, v, rope, k_row, v_row, rope_row, keys, position, window, scale_log2, top, total, acc,
+    DIM: tl.constexpr, SHARED: tl.constexpr, OUT: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, from `start` on: (maximum, sum, sums of values). Not MASKED: all rows see all of it."""
+    d, r, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    key = start + tl.arange(0, BLOCK_N)
+    at, there = key.to(tl.int64)[:, None], key < keys
+    k_in, r_in, v_in = (d < DIM)[None, :], (r < SHARED)[None, :], (e < OUT)[None, :]
+    if MASKED:
+        k_in, r_in, v_in = there[:, None] & k_in, there[:, None] & r_in, there[:, None] & v_in
+    s = tl.dot(query, tl.trans(tl.load(k + at * k_row + d[None, :], mask=k_in, other=0.0)))
+    if SHARED:
+        s = tl.dot(turned, tl.trans(tl.load(rope + at * rope_row + r[None, :], mask=r_in, other=0.0)), s)
+    s *= scale_log2
+    if MASKED:
+        seen = key[None, :] <= position[:, None]
+        if WINDOWED:
+            seen &= key[None, :] > position[:, None] - window
+        s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row whose window begins later has seen nothing yet
+    p = tl.exp2(s - base[:, None])
+    decay = tl.exp2(top - base)
+    v_tile = tl.load(v + at * v_row + e[None, :], mask=v_in, other=0.0)
+    return new_top, total * decay + tl.sum(p, 1), tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
+
+
 @triton.jit(do_not_specialize=["count", "tiles", "window"])
 def _prompt_kernel(
     q, k, v, rope, out, starts, key_starts, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, count, tiles, window,
@@ -106,13 +136,13 @@ def _prompt_kernel(
     row = row0 + tl.arange(0, BLOCK_M)
     past = keys - length
     d, r, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
-    n = tl.arange(0, BLOCK_N)
     q_rows = q + (begin + row).to(tl.int64)[:, None] * q_row + head * q_head
     asks = row < length
     query = tl.load(q_rows + d[None, :], mask=asks[:, None] & (d < DIM)[None, :], other=0.0)
     k_base = k + first_key.to(tl.int64) * k_row + head // GROUP * k_head
     v_base = v + first_key.to(tl.int64) * v_row + head // GROUP * v_head
     rope_base = rope + first_key.to(tl.int64) * rope_row
+    turned = query
     if SHARED:
         turned = tl.load(q_rows + DIM + r[None, :], mask=asks[:, None] & (r < SHARED)[None, :], other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -129,41 +159,15 @@ def _prompt_kernel(
         low = tl.maximum(past + row0 - window + 1, 0) // BLOCK_N * BLOCK_N
         clear = low
     for start in range(low, clear, BLOCK_N):
-        key = start + n
-        at = key.to(tl.int64)
-        k_tile = tl.load(k_base + at[:, None] * k_row + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-        s = tl.dot(query, tl.trans(k_tile))
-        if SHARED:
-            r_tile = tl.load(rope_base + at[:, None] * rope_row + r[None, :], mask=(r < SHARED)[None, :], other=0.0)
-            s = tl.dot(turned, tl.trans(r_tile), s)
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = tl.load(v_base + at[:, None] * v_row + e[None, :], mask=(e < OUT)[None, :], other=0.0)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
-        top = new_top
+        top, total, acc = _tile(
+            start, query, turned, k_base, v_base, rope_base, k_row, v_row, rope_row, keys, past + row, window, scale_log2, top,
+            total, acc, DIM, SHARED, OUT, WINDOWED, BLOCK_D, BLOCK_R, BLOCK_E, BLOCK_N, False,
+        )  # fmt: skip
     for start in range(tl.maximum(clear, low), end, BLOCK_N):
-        key = start + n
-        at, there = key.to(tl.int64), key < keys
-        k_tile = tl.load(k_base + at[:, None] * k_row + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
-        s = tl.dot(query, tl.trans(k_tile))
-        if SHARED:
-            r_tile = tl.load(rope_base + at[:, None] * rope_row + r[None, :],
-                             mask=there[:, None] & (r < SHARED)[None, :], other=0.0)  # fmt: skip
-            s = tl.dot(turned, tl.trans(r_tile), s)
-        seen = key[None, :] <= past + row[:, None]
-        if WINDOWED:
-            seen &= key[None, :] > past + row[:, None] - window
-        s = tl.where(seen, s * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row whose window begins later has seen nothing yet
-        p = tl.exp2(s - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = tl.load(v_base + at[:, None] * v_row + e[None, :], mask=there[:, None] & (e < OUT)[None, :], other=0.0)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
-        top = new_top
+        top, total, acc = _tile(
+            start, query, turned, k_base, v_base, rope_base, k_row, v_row, rope_row, keys, past + row, window, scale_log2, top,
+            total, acc, DIM, SHARED, OUT, WINDOWED, BLOCK_D, BLOCK_R, BLOCK_E, BLOCK_N, True,
+        )  # fmt: skip
     value = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     place = out + ((begin + row).to(tl.int64) * HEADS + head)[:, None] * OUT + e[None, :]
     tl.store(place, value.to(out.dtype.element_ty), mask=asks[:, None] & (e < OUT)[None, :])

@@ -2,8 +2,8 @@
 
 Same function as `attention_prefill.prompt_attention`, for bf16 heads of 64 or 128 columns (and 64 more that heads share). As many
 programs as multiprocessors take 128 query rows at a time: two warpgroups hold 64 rows each, so that one's exponentials run beside
-the other's products, and a loading warp keeps two tiles of keys and of values on their way by TMA, of the next rows too while
-these are finished. Probabilities go from registers into the second product.
+products, of its own next tile as well as of the other, and a loading warp keeps two tiles of keys and of values on their way by
+TMA, of the next rows too while these are finished. Probabilities go from registers into the second product.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from runtime.kernels.splits import multiprocessors
 
 ROWS, KEYS = 128, 128
+_SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 
 def fits(q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None) -> bool:
@@ -49,10 +50,11 @@ def launch(
     tiles = triton.cdiv(max(lens), ROWS)
     items = tiles * len(lens) * heads
     k_desc = _rows_of(k_CGD, KEYS, dim)
-    rope = k_desc if shared_CR is None else _rows_of(shared_CR[:, None], KEYS, 64)
+    q_desc = _rows_of(q_THD, 64, dim)
+    turned, rope = (q_desc, k_desc) if shared_CR is None else (_rows_of(q_THD, 64, 64), _rows_of(shared_CR[:, None], KEYS, 64))
     _kernel[(min(items, multiprocessors(q_THD.device.index or 0)),)](
-        _rows_of(q_THD, 64, dim), _rows_of(q_THD, 64, 64), k_desc, _rows_of(v_CGE, KEYS, out), rope, out_THE, starts_S,
-        key_starts_S, out_THE if sinks_H is None else sinks_H, q_THD.stride(1), k_CGD.stride(1), v_CGE.stride(1), len(lens),
+        q_desc, turned, k_desc, _rows_of(v_CGE, KEYS, out), rope, out_THE, starts_S, key_starts_S,
+        out_THE if sinks_H is None else sinks_H, q_THD.stride(1), k_CGD.stride(1), v_CGE.stride(1), len(lens),
         tiles, items, window, scale_log2, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out,
         WINDOWED=window > 0, HAS_SINKS=sinks_H is not None, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
@@ -62,7 +64,7 @@ def _rows_of(t_TGD: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles of so many rows and columns of the tensor laid flat: head g begins at column g * stride(1)."""
     count, heads, width = t_TGD.shape
     flat = t_TGD.as_strided((count, (heads - 1) * t_TGD.stride(1) + width), (t_TGD.stride(0), 1))
-    return TensorDescriptor.from_tensor(flat, [rows, columns], gl.NVMMASharedLayout(128, 16, 2))
+    return TensorDescriptor.from_tensor(flat, [rows, columns], _SWIZZLED)
 
 
 @gluon.jit
@@ -133,14 +135,20 @@ def _zero_tail(v, valid, KEYS: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q_s, t_s, k_s, r_s, full, empty, parity, KEYS: gl.constexpr, SHARED: gl.constexpr):
-    """q.k of 64 rows and a tile of keys; the tile's buffer is given up."""
+def _ask(q_s, t_s, k_s, r_s, full, parity, KEYS: gl.constexpr, SHARED: gl.constexpr):
+    """Begin q.k of 64 rows and a tile of keys."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     s = gl.zeros([64, KEYS], gl.float32, layout=layout)
     mbarrier.wait(full, parity)
     s = warpgroup_mma(q_s, k_s.permute((1, 0)), s, use_acc=False, is_async=True)
     if SHARED:
         s = warpgroup_mma(t_s, r_s.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _answer(s, empty):
+    """The scores, once they are there; the tile of keys is given up."""
     s = warpgroup_mma_wait(0, deps=[s])
     gl.thread_barrier()
     mbarrier.arrive(empty, count=1)
@@ -148,11 +156,19 @@ def _scores(q_s, t_s, k_s, r_s, full, empty, parity, KEYS: gl.constexpr, SHARED:
 
 
 @gluon.jit
-def _add_values(s, v_s, full, empty, parity, top, total, acc, valid, scale_log2, KEYS: gl.constexpr, OUT: gl.constexpr,
-                MASKED: gl.constexpr):  # fmt: skip
-    """Softmax step and p.v; (new maximum, sum, sums of values). Where MASKED, `s` is scaled, -inf where a row does not see."""
+def _masked(s, first_key, at, window, scale_log2, KEYS: gl.constexpr, WINDOWED: gl.constexpr):
+    """Scaled scores, -inf where a row, at position `at`, does not see."""
+    key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s.type.layout))
+    seen = key[None, :] <= at[:, None]
+    if WINDOWED:
+        seen = seen & (key[None, :] > at[:, None] - window)
+    return gl.where(seen, s * scale_log2, float("-inf"))
+
+
+@gluon.jit
+def _weigh(s, top, total, acc, scale_log2, OUT: gl.constexpr, MASKED: gl.constexpr):
+    """Softmax step: (probabilities for the second product, new maximum, sum, sums of values as yet). MASKED: `s` is scaled."""
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])
-    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     if MASKED:
         new_top = gl.maximum(top, gl.max(s, 1))
         base = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row whose window begins later has seen nothing yet
@@ -163,16 +179,21 @@ def _add_values(s, v_s, full, empty, parity, top, total, acc, valid, scale_log2,
         p = gl.exp2(s * scale_log2 - base[:, None])
     decay = gl.exp2(top - base)
     total = total * decay + gl.sum(p, 1)
-    acc = acc * gl.convert_layout(decay, rows_o)[:, None]
     weights = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+    return weights, new_top, total, acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
+
+
+@gluon.jit
+def _add(weights, v_s, full, empty, parity, acc, valid, KEYS: gl.constexpr, OUT: gl.constexpr):
+    """p.v of a tile, of whose rows so many are the prompt's; the tile is given up."""
     mbarrier.wait(full, parity)
-    if MASKED and valid < KEYS:
+    if valid < KEYS:
         _zero_tail(v_s, valid, KEYS, OUT)
     acc = warpgroup_mma(weights, v_s, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     gl.thread_barrier()
     mbarrier.arrive(empty, count=1)
-    return new_top, total, acc
+    return acc
 
 
 @gluon.jit
@@ -186,8 +207,7 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
-    q_mine, t_mine = q_s.index(HALF), t_s.index(HALF)
+    q, t = q_s.index(HALF), t_s.index(HALF)
     done = 0
     tile = 0
     for w in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -202,30 +222,39 @@ def _attend(
             acc = gl.zeros([64, OUT], gl.float32, layout=o_layout)
             clear = lo
             if not WINDOWED:  # up to here all rows see all keys
-                clear = gl.minimum((position + 64 * HALF + 1) // KEYS, end)
+                clear = gl.minimum((position + 64 * HALF + 1) // KEYS, end - 1)
             mbarrier.wait(q_full, done % 2)
+            s = _ask(q, t, k_s.index(tile % 2), r_s.index(tile % 2), k_full.index(tile % 2), tile // 2 % 2, KEYS, SHARED)
+            s = _answer(s, k_empty.index(tile % 2))
+            # the next scores are asked for before this tile's are used; with columns that heads share registers do not suffice
             for _ in range(lo, clear):
-                now = tile % 2
-                parity = tile // 2 % 2
-                s = _scores(q_mine, t_mine, k_s.index(now), r_s.index(now), k_full.index(now), k_empty.index(now), parity, KEYS,
-                            SHARED)  # fmt: skip
-                top, total, acc = _add_values(s, v_s.index(now), v_full.index(now), v_empty.index(now), parity, top, total, acc,
-                                              KEYS, scale_log2, KEYS, OUT, False)  # fmt: skip
+                now, after = tile % 2, (tile + 1) % 2
+                if not SHARED:
+                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+                weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, False)
+                if SHARED:
+                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+                s = _answer(ahead, k_empty.index(after))
+                acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
                 tile += 1
-            for j in range(clear, end):
-                now = tile % 2
-                parity = tile // 2 % 2
-                s = _scores(q_mine, t_mine, k_s.index(now), r_s.index(now), k_full.index(now), k_empty.index(now), parity, KEYS,
-                            SHARED)  # fmt: skip
-                key = j * KEYS + column
-                seen = key[None, :] <= at[:, None]
-                if WINDOWED:
-                    seen = seen & (key[None, :] > at[:, None] - window)
-                s = gl.where(seen, s * scale_log2, float("-inf"))
-                top, total, acc = _add_values(s, v_s.index(now), v_full.index(now), v_empty.index(now), parity, top, total, acc,
-                                              keys - j * KEYS, scale_log2, KEYS, OUT, True)  # fmt: skip
+            for j in range(clear, end - 1):
+                now, after = tile % 2, (tile + 1) % 2
+                if not SHARED:
+                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+                s = _masked(s, j * KEYS, at, window, scale_log2, KEYS, WINDOWED)
+                weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
+                if SHARED:
+                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+                s = _answer(ahead, k_empty.index(after))
+                acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
                 tile += 1
             mbarrier.arrive(q_empty, count=1)
+            now = tile % 2
+            s = _masked(s, (end - 1) * KEYS, at, window, scale_log2, KEYS, WINDOWED)
+            weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
+            valid = keys - (end - 1) * KEYS
+            acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, valid, KEYS, OUT)
+            tile += 1
             done += 1
             value = acc / gl.convert_layout(gl.where(total > 0.0, total, 1.0), rows_o)[:, None]
             mine = 64 * HALF + gl.arange(0, 64, layout=rows_o)

@@ -31,7 +31,7 @@ def tile(rows, columns):
 for dim, shared, windowed in ((128, False, False), (64, False, True), (128, True, False)):
     constants = {"HEADS": 8, "GROUP": 4, "DIM": dim, "SHARED": shared, "OUT": dim, "WINDOWED": windowed, "HAS_SINKS": windowed,
                  "KEYS": KEYS}
-    types = {"q_desc": tile(64, dim), "turned_desc": tile(64, 64), "k_desc": tile(KEYS, dim), "v_desc": tile(KEYS, dim),
+    types = {"q_desc": tile(64, dim), "turned_desc": tile(64, 64 if shared else dim), "k_desc": tile(KEYS, dim), "v_desc": tile(KEYS, dim),
              "rope_desc": tile(KEYS, 64 if shared else dim), "out": "*bf16", "starts": "*i32", "key_starts": "*i32",
              "sinks": "*fp32", "scale_log2": "fp32"}
     signature = {name: types.get(name, "i32") for name in _kernel.arg_names} | dict.fromkeys(constants, "constexpr")
