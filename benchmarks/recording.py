@@ -116,6 +116,8 @@ class Script:
 
     def _become(self, kind: str) -> None:
         assert self.loop is not None
+        if self.loop.log not in (None, self.logs[kind]):
+            self.loop.log.settle()  # cuts are read in their order; no step's seconds run just now
         self.kind, self.loop.log, self.clock.quiet = kind, self.logs[kind], kind == "plain"
 
 

@@ -124,14 +124,14 @@ class DeviceClock(Clock):
 
     def _read(self, cut: Cut) -> dict[str, float]:
         parts, device = dict(cut[0]), dict[str, float]()
-        marks, last = self._marked, cut[1] - self._read_marks - 1
+        marks, last = self._marked, max(0, cut[1] - self._read_marks - 1)  # a cut read late has nothing left on the device
         while last > 0 and not marks[last][1].query():
             last -= 1
         for (phase, event), (_, until) in pairwise(marks[:last + 1]):
             if phase in ON_DEVICE:
                 device[phase] = device.get(phase, 0.0) + event.elapsed_time(until) / 1e3
             self._spare.append(event)
-        del marks[:max(0, last)]
-        self._read_marks += max(0, last)
+        del marks[:last]
+        self._read_marks += last
         host_s = sum(parts.pop(phase, 0.0) for phase in ON_DEVICE) + parts.pop("sample", 0.0)
         return {**parts, **device, "sample": max(0.0, host_s - sum(device.values()))} if host_s or device else parts

@@ -78,7 +78,8 @@ def mla_decode(
         _mla_kernel[(programs,)](
             q_BHD, cache, block_table_BP, seq_lens_B, out_BHL, parts, lse, block_table_BP.stride(0), heads, whole, splits,
             scale * _LOG2_E, LATENT=latent, ROPE=dim - latent, BLOCK_TOKENS=block_tokens, BLOCK_H=tile.heads,
-            BLOCK_N=tile.tokens, GROUPS=groups, num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_N=tile.tokens, GROUPS=groups, ALL_WHOLE=whole == batch, ALL_CUT=whole == 0, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     if whole < batch:
         merge(parts, lse, out_BHL[whole:])
@@ -98,16 +99,20 @@ def _hopper(q_BHD: torch.Tensor, cache: torch.Tensor, latent: int) -> Callable[.
 def _mla_kernel(
     q, cache, block_table, seq_lens, out, parts, lse, table_stride, heads, whole, splits, scale_log2,
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, ALL_WHOLE: tl.constexpr, ALL_CUT: tl.constexpr,
 ):  # fmt: skip
     # head groups fastest: programs that read the same tokens run together and share them in L2
     pid = tl.program_id(0)
     item = pid // GROUPS  # a whole sequence, or a split of a cut one
-    beyond = tl.maximum(item - whole, 0)
-    split, seq = beyond % splits, (tl.minimum(item, whole) + beyond // splits).to(tl.int64)
+    if ALL_WHOLE:
+        split, seq, pieces = 0, item.to(tl.int64), 1
+    else:
+        beyond = tl.maximum(item - whole, 0)
+        split, seq = beyond % splits, (tl.minimum(item, whole) + beyond // splits).to(tl.int64)
+        pieces = tl.where(item < whole, 1, splits)
     head = pid % GROUPS * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.load(seq_lens + seq)
-    lo, hi = split_range(0, length, split, tl.where(item < whole, 1, splits), BLOCK_N)
+    lo, hi = split_range(0, length, split, pieces, BLOCK_N)
     c, r = tl.arange(0, LATENT), tl.arange(0, ROPE)
     DIM: tl.constexpr = LATENT + ROPE
     row = (seq * heads + head)[:, None] * DIM
@@ -133,13 +138,28 @@ def _mla_kernel(
         top = new_top
     seen = tl.where(total > 0.0, total, 1.0)
     value = acc / seen[:, None]
-    # found again: what a program held through the loop would cost it registers that it has not (32 heads)
+    # found again: what a program held through the loop would cost it registers that it has not (32 heads), and so would two ways
+    # to store where one is enough
     item, mine = tl.program_id(0) // GROUPS, head < heads
-    if item < whole:
-        place = (item.to(tl.int64) * heads + head)[:, None] * LATENT + c[None, :]
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=mine[:, None])
+    if ALL_WHOLE:
+        _store_whole(out, value, item, head, heads, mine, LATENT)
+    elif ALL_CUT:
+        _store_part(parts, lse, value, top, seen, total, item - whole, head, heads, splits, mine, LATENT)
+    elif item < whole:
+        _store_whole(out, value, item, head, heads, mine, LATENT)
     else:
-        piece = (item - whole).to(tl.int64)
-        part = (piece // splits * heads + head) * splits + piece % splits
-        tl.store(lse + part, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=mine)
-        tl.store(parts + part[:, None] * LATENT + c[None, :], value, mask=mine[:, None])
+        _store_part(parts, lse, value, top, seen, total, item - whole, head, heads, splits, mine, LATENT)
+
+
+@triton.jit
+def _store_whole(out, value, seq, head, heads, mine, LATENT: tl.constexpr):
+    place = (seq.to(tl.int64) * heads + head)[:, None] * LATENT + tl.arange(0, LATENT)[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit
+def _store_part(parts, lse, value, top, seen, total, piece, head, heads, splits, mine, LATENT: tl.constexpr):
+    piece = piece.to(tl.int64)
+    part = (piece // splits * heads + head) * splits + piece % splits
+    tl.store(lse + part, tl.where(total > 0.0, top + tl.log2(seen), float("-inf")), mask=mine)
+    tl.store(parts + part[:, None] * LATENT + tl.arange(0, LATENT)[None, :], value, mask=mine[:, None])

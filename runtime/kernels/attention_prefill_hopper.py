@@ -21,12 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from runtime.kernels.splits import multiprocessors
 
 ROWS, KEYS = 128, 128
-_SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 
 def fits(q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None) -> bool:
@@ -49,22 +47,19 @@ def launch(
     heads, (kv_heads, dim), out = q_THD.shape[1], k_CGD.shape[1:], v_CGE.shape[2]
     tiles = triton.cdiv(max(lens), ROWS)
     items = tiles * len(lens) * heads
-    k_desc = _rows_of(k_CGD, KEYS, dim)
-    q_desc = _rows_of(q_THD, 64, dim)
-    turned, rope = (q_desc, k_desc) if shared_CR is None else (_rows_of(q_THD, 64, 64), _rows_of(shared_CR[:, None], KEYS, 64))
+    rope = k_CGD if shared_CR is None else shared_CR
+    triton.set_allocator(_scratch)
     _kernel[(min(items, multiprocessors(q_THD.device.index or 0)),)](
-        q_desc, turned, k_desc, _rows_of(v_CGE, KEYS, out), rope, out_THE, starts_S, key_starts_S,
-        out_THE if sinks_H is None else sinks_H, q_THD.stride(1), k_CGD.stride(1), v_CGE.stride(1), len(lens),
-        tiles, items, window, scale_log2, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out,
+        q_THD, k_CGD, v_CGE, rope, out_THE, starts_S, key_starts_S, out_THE if sinks_H is None else sinks_H,
+        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), len(q_THD), len(k_CGD), len(lens), tiles,
+        items, window, scale_log2, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out,
         WINDOWED=window > 0, HAS_SINKS=sinks_H is not None, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
 
 
-def _rows_of(t_TGD: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of so many rows and columns of the tensor laid flat: head g begins at column g * stride(1)."""
-    count, heads, width = t_TGD.shape
-    flat = t_TGD.as_strided((count, (heads - 1) * t_TGD.stride(1) + width), (t_TGD.stride(0), 1))
-    return TensorDescriptor.from_tensor(flat, [rows, columns], _SWIZZLED)
+def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
+    """Memory for a launch's descriptors (torch aligns to more than the 128 bytes that they ask for)."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @gluon.jit
@@ -86,12 +81,27 @@ def _item(w, starts, key_starts, count, tiles, window, HEADS: gl.constexpr, WIND
 
 
 @gluon.jit
+def _rows_of(base, count, row, head, HEADS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Tiles of ROWS rows and COLUMNS columns of a tensor of heads laid flat: head g begins at column g * head. Made here, since
+    making descriptors on the host takes longer than a short prompt's layer."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    return tma.make_tensor_descriptor(base, [count, (HEADS - 1) * head + WIDTH], [row, 1], [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
 def _load(
-    q_desc, turned_desc, k_desc, v_desc, rope_desc, starts, key_starts, q_head, k_head, v_head, count, tiles, items, window,
-    q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    q, k, v, rope, starts, key_starts, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count, tiles, items,
+    window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS: gl.constexpr, GROUP: gl.constexpr,
     DIM: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp."""
+    R: gl.constexpr = 64 if SHARED else 0
+    q_desc = _rows_of(q, rows, q_row, q_head, HEADS, DIM + R, 64, DIM)
+    k_desc = _rows_of(k, keys, k_row, k_head, HEADS // GROUP, DIM, KEYS, DIM)
+    v_desc = _rows_of(v, keys, v_row, v_head, HEADS // GROUP, OUT, KEYS, OUT)
+    if SHARED:
+        turned_desc = _rows_of(q, rows, q_row, q_head, HEADS, DIM + R, 64, R)
+        rope_desc = _rows_of(rope, keys, rope_row, 0, 1, R, KEYS, R)
     done = 0
     tile = 0
     for w in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -263,11 +273,11 @@ def _attend(
             gl.store(out + place[:, None] + e[None, :], value.to(gl.bfloat16), mask=(mine < left)[:, None])
 
 
-@gluon.jit(do_not_specialize=["count", "tiles", "items", "window"])
+@gluon.jit(do_not_specialize=["rows", "keys", "count", "tiles", "items", "window"])
 def _kernel(
-    q_desc, turned_desc, k_desc, v_desc, rope_desc, out, starts, key_starts, sinks, q_head, k_head, v_head, count, tiles, items,
-    window, scale_log2, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr,
-    WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
+    q, k, v, rope, out, starts, key_starts, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count,
+    tiles, items, window, scale_log2, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SHARED: gl.constexpr,
+    OUT: gl.constexpr, WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     ROPE: gl.constexpr = KEYS if SHARED else 16
@@ -309,9 +319,9 @@ def _kernel(
             (
                 _load,
                 (
-                    q_desc, turned_desc, k_desc, v_desc, rope_desc, starts, key_starts, q_head, k_head, v_head, count, tiles,
-                    items, window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS, GROUP,
-                    DIM, SHARED, OUT, WINDOWED, KEYS,
+                    q, k, v, rope, starts, key_starts, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count,
+                    tiles, items, window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS,
+                    GROUP, DIM, SHARED, OUT, WINDOWED, KEYS,
                 ),
             ),
         ],

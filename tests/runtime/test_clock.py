@@ -77,6 +77,33 @@ def test_the_devices_seconds_count_where_its_work_was_queued() -> None:
     assert device.made < 12, "events are used again"
 
 
+def test_a_step_is_read_while_the_next_one_runs() -> None:
+    """Its times end at the cut; marks of the next step wait for theirs."""
+    device = Device()
+    clock = DeviceClock(None, 0, make_event=device.event)
+    clock.mark("idle")
+    clock.take()
+    cuts = []
+    for seconds in (1.0, 2.0, 3.0):
+        clock.mark("graph")
+        if cuts:
+            device.done_s = device.queued_s
+            assert clock.read(cuts.pop())["graph"] == pytest.approx(seconds - 1)
+        device.work(seconds)
+        clock.mark("sample")
+        clock.mark("book")
+        cuts.append(clock.cut())
+    late = clock.cut()
+    device.done_s = device.queued_s
+    assert clock.read(late)["graph"] == pytest.approx(3.0)
+    assert "graph" not in clock.read(cuts.pop()) or not clock._marked[1:], "an older cut has nothing left"
+    clock.mark("graph")
+    device.work(4.0)
+    clock.mark("sample")
+    device.done_s = device.queued_s
+    assert clock.take()["graph"] == pytest.approx(4.0)
+
+
 def test_the_device_is_asked_once_how_far_it_is() -> None:
     """However many layers a step has: the host's seconds are the step's."""
     device = Device()

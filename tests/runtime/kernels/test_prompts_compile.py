@@ -15,29 +15,20 @@ PROGRAM = """
 import pathlib
 import subprocess
 import sys
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import mangle_type
 from runtime.kernels.attention_prefill_hopper import KEYS, _kernel
-
-def tile(rows, columns):
-    data = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    return mangle_type(TensorDescriptor.from_tensor(data, [rows, columns], gl.NVMMASharedLayout(128, 16, 2)))
 
 for dim, shared, windowed in ((128, False, False), (64, False, True), (128, True, False)):
     constants = {"HEADS": 8, "GROUP": 4, "DIM": dim, "SHARED": shared, "OUT": dim, "WINDOWED": windowed, "HAS_SINKS": windowed,
                  "KEYS": KEYS}
-    types = {"q_desc": tile(64, dim), "turned_desc": tile(64, 64 if shared else dim), "k_desc": tile(KEYS, dim), "v_desc": tile(KEYS, dim),
-             "rope_desc": tile(KEYS, 64 if shared else dim), "out": "*bf16", "starts": "*i32", "key_starts": "*i32",
-             "sinks": "*fp32", "scale_log2": "fp32"}
+    data, whole = ("q", "k", "v", "rope", "out"), ("starts", "key_starts")
+    types = dict.fromkeys(data, "*bf16") | dict.fromkeys(whole, "*i32") | {"sinks": "*fp32", "scale_log2": "fp32"}
     signature = {name: types.get(name, "i32") for name in _kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     place = _kernel.arg_names.index
     source = GluonASTSource(_kernel, signature, {(place(name),): value for name, value in constants.items()},
-                            {(place(name),): [["tt.divisibility", 16]] for name in ("out", "starts", "key_starts")})
+                            {(place(name),): [["tt.divisibility", 16]] for name in (*data, *whole)})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     binary = pathlib.Path(sys.argv[1]) / "kernel.cubin"
     binary.write_bytes(made.asm["cubin"])
