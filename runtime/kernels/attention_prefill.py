@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -81,11 +82,16 @@ def _hopper(
     q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None
 ) -> Callable[..., None] | None:
     """The launcher of the kernel for Hopper's matrix units where it serves; imported only there, as Gluon needs it."""
-    if not q_THD.is_cuda or torch.cuda.get_device_capability(q_THD.device)[0] != 9:
+    if not q_THD.is_cuda or not _is_hopper(q_THD.device.index or 0):
         return None
     from runtime.kernels import attention_prefill_hopper
 
     return attention_prefill_hopper.launch if attention_prefill_hopper.fits(q_THD, k_CGD, v_CGE, shared_CR) else None
+
+
+@cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 @triton.jit
