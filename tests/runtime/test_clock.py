@@ -104,6 +104,45 @@ def test_a_step_is_read_while_the_next_one_runs() -> None:
     assert clock.take()["graph"] == pytest.approx(4.0)
 
 
+def graph_step(clock: DeviceClock, device: Device, seconds: float, waits: bool = True) -> dict[str, float]:
+    """A step in a graph: the host waits for it and 5 ms longer, or does not wait at all."""
+    clock.mark("schedule")
+    clock.mark("graph")
+    device.work(seconds)
+    if waits:
+        clock.mark("sample")
+        time.sleep(seconds + 0.005)
+    device.done_s = device.queued_s
+    clock.mark("book")
+    return clock.take()
+
+
+def test_graphs_in_quick_succession_are_not_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    clock = DeviceClock(None, 0, make_event=device.event)
+    clock.mark("idle")
+    clock.take()
+    monkeypatch.setattr("runtime.clock.TIMED_EVERY_S", 1e9)
+    assert graph_step(clock, device, 0.02)["graph"] == pytest.approx(0.02)
+    made = device.made
+    untimed = [graph_step(clock, device, 0.02) for _ in range(3)]
+    assert device.made == made and not clock._timing, "no events"
+    for parts in untimed:
+        assert parts["graph"] == pytest.approx(0.02, abs=5e-3) and parts["sample"] == pytest.approx(0.005, abs=5e-3)
+    monkeypatch.setattr("runtime.clock.TIMED_EVERY_S", 0.0)
+    assert graph_step(clock, device, 0.01)["graph"] == pytest.approx(0.01), "and now by the device again"
+
+
+def test_graphs_that_nobody_waits_for_are_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    clock = DeviceClock(None, 0, make_event=device.event)
+    clock.mark("idle")
+    clock.take()
+    monkeypatch.setattr("runtime.clock.TIMED_EVERY_S", 1e9)
+    for seconds in (1.0, 2.0, 3.0):  # a TP follower's: the host's seconds say nothing of them
+        assert graph_step(clock, device, seconds, waits=False)["graph"] == pytest.approx(seconds)
+
+
 def test_the_device_is_asked_once_how_far_it_is() -> None:
     """However many layers a step has: the host's seconds are the step's."""
     device = Device()
