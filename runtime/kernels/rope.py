@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 _TILE_HEADS = 16  # heads a program handles at once
-_FEW_HEADS = 1 << 15  # up to here a program for each head of each token; beyond, starting them takes longest
+_FEW_HEADS = 1 << 13  # up to here a program for each head of each token; beyond, starting them takes longest
 
 
 def rope_norm_cache(

@@ -336,8 +336,10 @@ class CostModel:
         """Device time over the sum of operators, which differ where a step holds prompts: [n, d, f] -> [n]."""
         engine = self.site.engine
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
+        if self.site.gpu.kind == "cpu":  # what engines.py knows of is GPUs
+            return np.ones(prompts.shape)
         decode = np.full(prompts.shape, engine.decode_slowdown)
-        if engine.few_rows and self.pool.world == 1 and self.site.gpu.kind != "cpu":
+        if engine.few_rows and self.pool.world == 1:
             rows, factors = (np.array(column, dtype=float) for column in zip(*engine.few_rows, strict=True))
             tokens = np.maximum(x[..., INDEX["tokens"]].max(axis=-1), 1.0)
             few = np.interp(np.log2(tokens), np.log2(rows), factors)

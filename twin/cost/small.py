@@ -21,10 +21,9 @@ from twin.cost.roofline import Op
 from twin.spec.plan import PoolPlan
 
 _TYPICAL = 128.0  # tokens at which the interval is read
-_REPLICA_SPLIT_S = 24.5e-6
-"""The split of a batch over redundant experts: two kernels, 22.0 and 2.5 us in a step of an R1 rank of EP 32 with 32 redundant
-experts and 48 sequences (H200, `h200_slice_r1_ep32_printed.json`). Whatever a batch holds, rounds over the same replicas
-follow one another; other sizes of EP were not measured with these kernels."""
+_REPLICA_SPLIT_S = 9.6e-6
+"""The split of a batch over redundant experts where a profile lacks it: two kernels, as the H200's own profile has them for 128
+tokens, 256 experts and 288 slots over 32 ranks. Replicas that share ranks take a round each: 24.5 us with 32 on three ranks."""
 _ASSUMED_WIDTH = float(np.log(1.6))
 
 

@@ -128,15 +128,16 @@ def choose_cut(sequences: int, heads: int, max_context: int, slots: int) -> Cut:
 
 def chosen_over_measured(shape: Shape, sequences: Array, tokens: Array) -> Array:
     """Seconds of what is chosen for exactly these contexts, over those that a table tells which was measured with batches of
-    powers of two and `filling` splits: beyond one round those batches fill theirs but for a few multiprocessors, and what lies
+    powers of two, cut as they are chosen: beyond one round those batches fill theirs but for a few multiprocessors, and what lies
     between them follows in proportion to programs. Elementwise."""
     whole, now = in_full_rounds(shape, sequences), filling(shape, sequences, tokens)[None]
     each = seconds(shape, sequences, tokens, whole, np.concatenate([now, _choices(shape, sequences - whole, tokens)]))
     least, today = each.min(axis=0), each[0]
+    chosen = np.where(least < today * _WORTH, least, today)
     kernel, tiles = KERNELS[shape.block_heads], np.ceil(tokens / TILE_TOKENS)
     programs, power = sequences * shape.blocks, 2.0 ** np.floor(np.log2(shape.slots))
     beyond = kernel.launch_s + programs / power * (kernel.program_s + tiles * kernel.tile_s)
-    return np.asarray(np.where(least < today * _WORTH, least, today) / np.where(programs > shape.slots, beyond, today))
+    return np.asarray(np.where(programs > shape.slots, chosen / beyond, 1.0))
 
 
 def _mean_log_s(shape: Shape, sequences: int, contexts: list[float], whole: int, splits: npt.NDArray[np.int64]) -> Array:

@@ -61,15 +61,18 @@ def test_only_our_engine_asks_for_them() -> None:
     assert {theirs.sources[key] for key in ("norm", "attention/kv_write", "moe/gate")} == {"roofline"}
 
 
-def test_a_split_over_replicas_takes_its_time_though_no_profile_has_it() -> None:
-    """Two kernels a layer, as a profiler saw them; said to be assumed."""
-    evidence, model, batch = Evidence.load(), load_model("deepseek-r1"), StepBatch.decode([48], [48 * 1500])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_split_over_replicas_takes_its_time(known: bool) -> None:
+    """Two kernels a layer, measured by our engine's profile; said to be assumed without one."""
+    evidence, model, batch = Evidence.load() if known else None, load_model("deepseek-r1"), StepBatch.decode([48], [48 * 1500])
     without, with_them = (
         CostModel(model, load_cluster("h200-8x8"), Plan(pools=(pool,), precision=FP8, engine="eptwin"), pool, profile=evidence)
         .step(batch) for pool in (PoolPlan(role="mixed", dp=32, ep=32, redundant_experts=n) for n in (0, 32)))
     more_s = with_them.parts_s["moe/gate"] - without.parts_s["moe/gate"]
-    assert more_s == pytest.approx(58 * 24.5e-6, rel=0.05)
-    assert with_them.sources["moe/gate"] != without.sources["moe/gate"]
+    if known:
+        assert 58 * 7e-6 < more_s < 58 * 12e-6 and with_them.sources["moe/gate"] == "measured"
+    else:
+        assert more_s == 0 or with_them.sources["moe/gate"] != without.sources["moe/gate"]
 
 
 def test_quick_and_slow_paths_agree_with_them() -> None:
@@ -85,12 +88,19 @@ def test_few_rows_are_fused_where_one_gpu_holds_the_model() -> None:
     one, many, prompt = StepBatch.decode([1], [1024]), StepBatch.decode([32], [32 * 1024]), StepBatch.prefill([8], seqs=[1])
     parts = ours.step(one).parts_s
     device_s = sum(seconds for key, seconds in parts.items() if not key.startswith(("engine/", "host/")))
-    assert parts["engine/slowdown"] == pytest.approx((dict(ENGINES["eptwin"].few_rows)[1] - 1) * device_s)
+    usual = ENGINES["eptwin"].decode_slowdown
+    assert parts["engine/slowdown"] == pytest.approx((dict(ENGINES["eptwin"].few_rows)[1] * usual - 1) * device_s)
     assert ours.step_s(one) == pytest.approx(ours.step(one).total_s, rel=1e-9)
-    assert not any("engine/slowdown" in ours.step(batch).parts_s for batch in (many, prompt))
+    assert slower(ours, many) == pytest.approx(usual) and slower(ours, prompt) == pytest.approx(ENGINES["eptwin"].prefill_slowdown)
     pool = PoolPlan(role="mixed", dp=2, ep=2)
     two = CostModel(model, load_cluster("h200-1x8"), Plan(pools=(pool,), precision=BF16, engine="eptwin"), pool, profile=evidence)
-    assert "engine/slowdown" not in two.step(StepBatch.decode([1], [1024])).parts_s
+    assert slower(two, StepBatch.decode([1], [1024])) == pytest.approx(usual)
+
+
+def slower(model: CostModel, batch: StepBatch) -> float:
+    """Device seconds over the sum of operators."""
+    parts = {key: seconds for key, seconds in model.step(batch).parts_s.items() if not key.startswith("host/")}
+    return sum(parts.values()) / (sum(parts.values()) - parts["engine/slowdown"])
 
 
 def test_a_whole_step_varies_beyond_its_operators() -> None:

@@ -60,7 +60,7 @@ def test_drift_wears_a_placement_out_and_rebalancing_mends_it():
     drifting = {**SKEWED, "drift_half_life_s": 0.5}
     left_alone = imbalances(answer(question(drifting, placement="eplb_global")))
     mended = answer(question(drifting, placement="eplb_global", eplb=EPLB))
-    assert left_alone[0] < 1.1 and left_alone[-20:].mean() > 1.25
+    assert left_alone[0] < 1.1 and left_alone[-20:].mean() > 1.2
     assert sum(one.moved_bytes > 0 for one in mended.pools[0].rebalances) >= 2
     assert imbalances(mended).mean() < left_alone.mean() - 0.05
     assert any("half life of 0.5 s" in line for line in mended.assumptions)
