@@ -19,7 +19,7 @@ from twin.cost.profile import Profile, dump_profile, load_profile
 HERE = Path(__file__).parent
 POINTS, SUITE = HERE / "results" / "h200-eptwin.points.json", HERE / "results" / "h200_operators.json"
 PROFILE = HERE.parent / "twin" / "cost" / "profiles" / "h200-eptwin.json"
-_KIND = {"moe": "moe", "gqa": "attention_decode", "gate": "gate", "norm": "norm", "silu": "silu", "quant": "quant", "rope": "rope"}
+_KIND = {"gqa": "attention_decode", **{name: name for name in ("moe", "gate", "norm", "silu", "quant", "rope")}}
 """Latent attention is cut otherwise since the suite was run: its points are the grid's."""
 Json = dict[str, Any]
 

@@ -122,6 +122,7 @@ def test_simulate_begins_in_the_steady_state_of_an_open_loop(tmp_path):
         (["simulate", "r1_chat"], 2, "states no plan"),
         (["report", "/nonexistent"], 2, "run directory"),
         (["presets", "models"], 0, ""),
+        (["presets"], 0, ""),
         (["schema", "plan"], 0, ""),
         (["import", "model", "deepseek-r1"], 0, ""),
         (["--version"], 0, ""),
@@ -131,6 +132,13 @@ def test_exit_codes(arguments, code, word):
     done = eptwin(*arguments)
     assert done.returncode == code, done.stderr
     assert word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_presets_without_a_kind_are_all_named():
+    whole = json.loads(eptwin("presets", "--json").stdout)
+    assert "deepseek-r1" in whole["models"] and {"mi355x", "ascend-910c"} <= set(whole["gpus"])
+    told = eptwin("presets").stdout
+    assert all(name in told for names in whole.values() for name in names)
 
 
 def test_head_is_quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 import click
 
@@ -27,13 +28,24 @@ FORMATS = {
     "comparison": Comparison,
     "search": SearchResult,
 }
+KINDS = ["models", "clusters", "gpus", "scenarios"]
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["models", "clusters", "gpus", "scenarios"]))
+@click.argument("kind", type=click.Choice(KINDS), required=False)
 @json_option
-def presets(kind: str, as_json: bool) -> None:
-    """List what ships with eptwin: KIND is models, clusters, gpus or scenarios."""
+def presets(kind: str | None, as_json: bool) -> None:
+    """List what ships with eptwin: KIND is models, clusters, gpus or scenarios; without, their names alone."""
+    if kind is None:
+        every = {each: names_of(each) for each in KINDS}
+        if as_json:
+            click.echo(json.dumps(every))
+            return
+        for each, names in every.items():
+            line = f"{each}: {', '.join(names)}"
+            click.echo("\n".join(textwrap.wrap(line, 100, subsequent_indent="  ", break_on_hyphens=False)) + "\n")
+        click.echo("eptwin presets models (clusters, gpus, scenarios) says more of each.")
+        return
     names = names_of(kind)
     if as_json:
         click.echo(json.dumps(names))

@@ -23,7 +23,8 @@ Record = Mapping[str, Any]
 # cluster preset by what a GPU's name holds, most telling first
 _GPUS = (("gb300", "gb300-nvl72"), ("gb200", "gb200-nvl72"), ("b300", "b300"), ("b200", "b200"), ("h200", "h200"),
          ("h800", "h800"), ("h100", "h100"), ("h20-3e", "h20-141g"), ("h20-141", "h20-141g"), ("h20", "h20-96g"),
-         ("a100", "a100"), ("mi300", "mi300x"), ("sm100", "b200"), ("sm90", "h800"))
+         ("a100", "a100"), ("mi300", "mi300x"), ("mi325", "mi325x"), ("mi355", "mi355x"), ("910c", "cloudmatrix384"),
+         ("cloudmatrix", "cloudmatrix384"), ("sm100", "b200"), ("sm90", "h800"))
 _SIMULATED = ("perfect", "profile", "infersim", "simulat", "unit_test")
 _WIDE_EP = 32  # from here on deployments that say nothing overlap batches and balance experts, as all published ones do
 

@@ -39,7 +39,8 @@ NUMBERS = ("isl", "osl", *(p + c for p in ("", "prefill_", "decode_") for c in _
 # name of a system: cluster preset, GPUs of one NVLink domain that a pool may take, GPUs of a node
 SYSTEMS: dict[str, str] = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "h200", "h20_sxm": "h20-96g", "h800_sxm": "h800",
                            "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200-nvl72", "gb200_sxm": "gb200-nvl72",
-                           "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x"}
+                           "gb300": "gb300-nvl72", "gb300_sxm": "gb300-nvl72", "mi300x": "mi300x",
+                           "mi325x": "mi325x", "mi355x": "mi355x"}
 _BLANK = re.compile(r"(?i)^(nan|none|null|n/a|-)$")
 _WAVES = 10  # requests of each user that InferenceX counts, and what we take where a test does not say
 # How much before the nominal length outputs end in tests of fixed lengths: users stay mostly in step with each other, but not
