@@ -336,8 +336,6 @@ class CostModel:
         """Device time over the sum of operators, which differ where a step holds prompts: [n, d, f] -> [n]."""
         engine = self.site.engine
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        if self.site.gpu.kind == "cpu":  # what engines.py knows of is GPUs
-            return np.ones(prompts.shape)
         decode = np.full(prompts.shape, engine.decode_slowdown)
         if engine.few_rows and self.pool.world == 1:
             rows, factors = (np.array(column, dtype=float) for column in zip(*engine.few_rows, strict=True))
