@@ -137,8 +137,8 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
 
 
 def engine_of(name: str, gpu: GpuSpec | None = None) -> Engine:
-    """The engine of that name, as fitted on the GPU's generation where it was; on a CPU without what GPUs taught. Raises SpecError
-    for one we do not know."""
+    """The engine of that name, as fitted on the GPU's generation where it was; on a CPU without what GPUs taught. Raises
+    SpecError for one we do not know."""
     if name not in ENGINES:
         raise SpecError(f"unknown engine {name[:40]!r}", field="plan.engine", expected=", ".join(ENGINES))
     if gpu is not None and gpu.kind == "cpu":
