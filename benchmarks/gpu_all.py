@@ -91,6 +91,8 @@ JOBS = (
                       "{out}/calibrate"), 100, 240),
     Job("exchange", ("-m", "benchmarks.exchange", "--share-gpu", "--ranks", "8", "--tokens", "128", "--json",
                      "{out}/exchange.json"), 60, 240),
+    Job("prompts", ("-m", "benchmarks.prompts", "--json", "{out}/prompts.json"), 40, 90),
+    Job("shapes", ("-m", "benchmarks.shapes", "{out}/shapes", "--budget", "{budget}"), 100, 900, again=True),
     Job("ep_decode", ("-m", "benchmarks.ep_decode", "--share-gpu", "--ranks", "8", "--tp", "2", "--tbo", "--budget",
                       "{budget}", "--json", "{out}/ep_decode.json"), 90, 240),
     _step("small_batches", *QWEN, "--batch", "2", "--batch", "4", "--batch", "8", "--batch", "16", "--variants"),
