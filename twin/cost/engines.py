@@ -105,14 +105,14 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel", splits_replicas=True,
            prefill_slowdown=1.055, decode_slowdown=1.02, sum_spread=0.05,
-           few_rows=((1, 0.787), (2, 0.884), (4, 0.937), (8, 0.978), (16, 0.988)),
+           few_rows=((1, 0.87), (2, 0.92), (4, 0.975), (8, 0.985), (16, 1.0)),
            note="eager launch: Qwen3-30B's prompts of 100 tokens in bf16 on the hosts of two H200s, 42 and 58 us for each kernel "
                 "counted (benchmarks/results/h200_shapes); prefill_slowdown: the same model's prompts of 4 x 4096 and 6 x 1800 "
                 "tokens, 1.04 to 1.09; decode_slowdown: median over 8 steps of it and 6 of DeepSeek-R1's slices; "
                 "graph sizes are the runtime's; scheduling, sampling and booking of a served step take 1.4 ms there at 177 "
-                "sequences, taken as 0.3 and 6.3 us a sequence (h200_serve_azure512.json); few_rows: Qwen3-30B's steps by fused "
-                "over those by plain kernels, same runs (h200_few_rows.json, h200_step_small_batches.json); sum_spread: of 14 "
-                "steps that the profile had not seen; the rest assumed"),
+                "sequences, taken as 0.3 and 6.3 us a sequence (h200_serve_azure512.json); few_rows: Qwen3-30B's steps of "
+                "1,024 tokens over what they would take with decode_slowdown alone (h200_step_small_batches.json); sum_spread: "
+                "of 14 steps that the profile had not seen; the rest assumed"),
     Engine("vllm", step_host_s=1.0e-3, seq_host_s=4e-6, graph_launch_s=2e-6, eager_launch_s=7e-6, helper_launches=6,
            graph_sizes=_VLLM_GRAPHS, memory_fraction=0.90, reserved_bytes=5 * _GIB, ep_reserved_bytes=12e9,
            activation_factor=24.0, shared_overlap=False, tp_reduces_experts=True,
