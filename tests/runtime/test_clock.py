@@ -96,7 +96,7 @@ def test_a_step_is_read_while_the_next_one_runs() -> None:
     late = clock.cut()
     device.done_s = device.queued_s
     assert clock.read(late)["graph"] == pytest.approx(3.0)
-    assert "graph" not in clock.read(cuts.pop()) or not clock._marked[1:], "an older cut has nothing left"
+    assert "graph" not in clock.read(cuts.pop()), "an older cut has nothing left on the device"
     clock.mark("graph")
     device.work(4.0)
     clock.mark("sample")

@@ -107,7 +107,7 @@ class Surface:
     bounds: tuple[Array, Array]  # roofline seconds a unit of each feature, compute and memory [f]
     evidence: tuple[Evidence, ...]
     log_products: Array | None = None  # dense products that the table includes, over `ROWS`, one layer
-    cut: Shape | None = None  # of our own latent attention: the table is measured with the cuts of before
+    cut: Shape | None = None  # of our own latent attention, whose batches between those of the table are cut otherwise
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from twin.cost.evidence import Evidence
 from twin.cost.interpolate import Interpolator
 from twin.cost.model import CostModel
 from twin.cost.operators import Slice
+from twin.cost.profile import ProfileStore
 from twin.cost.small import groups_of
 from twin.spec.load import load_cluster, load_model
 from twin.spec.model import ModelSpec
@@ -63,16 +64,18 @@ def test_only_our_engine_asks_for_them() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_split_over_replicas_takes_its_time(known: bool) -> None:
-    """Two kernels a layer, measured by our engine's profile; said to be assumed without one."""
-    evidence, model, batch = Evidence.load() if known else None, load_model("deepseek-r1"), StepBatch.decode([48], [48 * 1500])
+    """Two kernels a layer, measured by our engine's profile; said to be assumed where a profile lacks them."""
+    evidence, model, batch = Evidence.load(), load_model("deepseek-r1"), StepBatch.decode([48], [48 * 1500])
+    if not known:
+        rest = [[table for table in p.tables if table.operator != "replica_split"] for p in evidence.store]
+        evidence = Evidence(ProfileStore(tuple(
+            p.model_copy(update={"tables": tuple(tables)}) for p, tables in zip(evidence.store, rest, strict=True))))
     without, with_them = (
         CostModel(model, load_cluster("h200-8x8"), Plan(pools=(pool,), precision=FP8, engine="eptwin"), pool, profile=evidence)
         .step(batch) for pool in (PoolPlan(role="mixed", dp=32, ep=32, redundant_experts=n) for n in (0, 32)))
     more_s = with_them.parts_s["moe/gate"] - without.parts_s["moe/gate"]
-    if known:
-        assert 58 * 7e-6 < more_s < 58 * 12e-6 and with_them.sources["moe/gate"] == "measured"
-    else:
-        assert more_s == 0 or with_them.sources["moe/gate"] != without.sources["moe/gate"]
+    assert 58 * 7e-6 < more_s < 58 * 12e-6
+    assert (with_them.sources["moe/gate"] == without.sources["moe/gate"] == "measured") == known
 
 
 def test_quick_and_slow_paths_agree_with_them() -> None:
