@@ -1,4 +1,4 @@
-"""Which batch sizes our engine captures as CUDA graphs: the runtime captures them, the cost model pads to them."""
+"""Which sizes of step our engine captures as CUDA graphs: the runtime captures them, the cost model pads to them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ def ladder(most: int) -> tuple[int, ...]:
     """Rows: 1, 2, 4, 8, then multiples of 16 to 64, of 32 to 256, of 64 above; `most` is the last."""
     sizes = (1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, most + 64, 64))
     return (*(s for s in sizes if s < most), most)
+
+
+PROMPT_GRAPH_TOKENS = 4096
+"""Tokens of the largest step with prompts that our engine captures: a longer one keeps the GPU busy past its launches."""
+
+_FIRST_PROMPT_RUNG = 64
+
+
+def prompt_ladder(most_tokens: int, each: int = 4) -> tuple[int, ...]:
+    """Tokens of a step with prompts that a graph is captured for: `each` evenly spaced rungs a doubling from 64 on (64, 80, 96,
+    112, 128, 160, ...); the least of `most_tokens` and `PROMPT_GRAPH_TOKENS` is the last. `each` divides 64."""
+    last = min(most_tokens, PROMPT_GRAPH_TOKENS)
+    rungs = []
+    start = _FIRST_PROMPT_RUNG
+    while start < last:
+        rungs += range(start, min(2 * start, last), start // each)
+        start *= 2
+    return (*rungs, last)
 
 
 EAGER = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from twin.policy.graphs import EAGER, agreed_size, ladder
+from twin.policy.graphs import EAGER, PROMPT_GRAPH_TOKENS, agreed_size, ladder, prompt_ladder
 
 
 @pytest.mark.parametrize("most", [1, 3, 16, 100, 256, 512])
@@ -19,6 +19,23 @@ def test_it_pads_less_than_twofold_and_less_than_a_quarter_from_128_rows() -> No
         padded = next(size for size in sizes if size >= rows)
         assert padded < 2 * rows or rows == 1
         assert rows < 128 or padded < 1.25 * rows + 1
+
+
+@pytest.mark.parametrize("each", [2, 4])
+@pytest.mark.parametrize("most", [1, 63, 64, 65, 100, 3000, 4096, 20_000])
+def test_steps_with_prompts_have_even_rungs_a_doubling(most: int, each: int) -> None:
+    rungs = prompt_ladder(most, each)
+    last = min(most, PROMPT_GRAPH_TOKENS)
+    assert rungs[-1] == last and list(rungs) == sorted(set(rungs))
+    assert len(rungs) == 1 or rungs[0] == 64
+    for tokens in range(65, last + 1):
+        assert min(rung for rung in rungs if rung >= tokens) <= tokens * (1 + 1 / each), "no more padding than a rung"
+
+
+def test_rungs_beside_decodes_are_every_second() -> None:
+    assert prompt_ladder(320) == (64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+    assert prompt_ladder(4096, each=2) == prompt_ladder(4096)[::2]
+    assert prompt_ladder(48) == (48,)
 
 
 @pytest.mark.parametrize(("rows", "size"), [
