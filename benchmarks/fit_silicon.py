@@ -77,8 +77,7 @@ def families(costs: CostModel, batch: StepBatch) -> dict[str, np.ndarray]:
         - found["launches"] * costs.site.launch_s
     found["eager"] = stack.launches(x) + helper_launches(costs.model, costs.site.engine)
     found["seqs"] = (batch.decode_seqs + batch.prefill_seqs).max(axis=-1)
-    small = x[..., INDEX["tokens"]].max(axis=-1) <= costs._graph_sizes[-1]
-    found["covered"] = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1) & small
+    found["covered"] = costs.graphs.cover(x)
     return found
 
 

@@ -19,7 +19,7 @@ from twin.cost.profile import gpu_key
 from twin.spec.errors import SpecError
 from twin.spec.load import load_model
 from twin.spec.scenario import Routing
-from twin.validate.step import Case, Pair, predict, read_measured, summary, too_large
+from twin.validate.step import Case, Pair, graph_tokens_of, predict, read_measured, summary, too_large
 
 _RUN_LIMIT_S = 1200
 _ROUTING = "even, zipf:ALPHA, lognormal:SIGMA, or a file of expert loads (CSV, JSON)"
@@ -83,7 +83,10 @@ def step(model: str | None, batches: tuple[int, ...], contexts: tuple[int, ...],
         large = next((text for text in map(too_large, cases) if text), None)
         measured, word = ({}, f"not run: does not fit a {cases[0].gpu}: {large}") if large else \
             _run(cases, model) if may_run else ({}, "not run: --no-run")
-        pairs = [Pair(case, predict(case, evidence), measured.get((case.batch, case.context))) for case in cases]
+        rows = [measured.get((case.batch, case.context)) for case in cases]
+        cases = [case if row is None else replace(case, graph_tokens=graph_tokens_of(row))
+                 for case, row in zip(cases, rows, strict=True)]
+        pairs = [Pair(case, predict(case, evidence), row) for case, row in zip(cases, rows, strict=True)]
     if as_json:
         click.echo(json.dumps({"pairs": [pair.plain() for pair in pairs], "summary": summary(pairs), "note": word}, indent=1))
         return

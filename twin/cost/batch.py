@@ -24,6 +24,7 @@ FEATURES = (
     "decode_pairs", "decode_pairs_window", "decode_pairs_sparse",  # query-key pairs scored
     "prefill_tokens", "prefill_kv", "prefill_kv_window",
     "prefill_pairs", "prefill_pairs_window", "prefill_pairs_sparse",
+    "padding",  # of `tokens`, those that only fill a graph with prompts (`graphs.py`): no expert gets them
 )
 INDEX = {name: i for i, name in enumerate(FEATURES)}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from twin.cost.engine_fits import FITS, generation
-from twin.policy.graphs import ladder
+from twin.policy.graphs import PROMPT_GRAPH_TOKENS, ladder, prompt_ladder
 from twin.spec.base import Source
 from twin.spec.cluster import GpuSpec
 from twin.spec.errors import SpecError
@@ -25,6 +25,8 @@ class Engine:
     eager_launch_s: from kernel to kernel inside a CUDA graph, and what the host needs to launch one without; helper_launches:
     small kernels a layer (rotary, casts, indices) that the operator table folds into others; graph_sizes: batch sizes that
     graphs exist for (decode is padded up to the next), none where they follow the pool's most rows (`graphs`);
+    prompt_graph_tokens: in an instance of one rank steps with prompts of at most so many tokens are graphs too, padded up to the
+    next (`prompt_graphs`; 0: none are);
     reserved_bytes: context, libraries and graphs; ep_reserved_bytes: what wide EP with DP attention keeps on top (symmetric
     heap, workspaces of the worst-case batch); activation_factor: live activations in units of tokens x hidden;
     shared_overlap: shared experts run beside the all-to-all; tp_reduces_experts: under TP without DP, experts are summed in
@@ -78,6 +80,7 @@ class Engine:
     few_rows: tuple[tuple[int, float], ...] = ()
     sum_spread: float = 0.0
     splits_replicas: bool = False
+    prompt_graph_tokens: int = 0
 
     def graphs(self, most: int, drafts: int) -> tuple[int, ...]:
         """Rows that graphs exist for in a pool that decodes at most `most` sequences of 1 + `drafts` rows a step. SGLang and
@@ -85,6 +88,13 @@ class Engine:
         if not self.graph_sizes:
             return ladder(most * (1 + drafts))
         return self.graph_sizes if self.name == "vllm" else tuple(size * (1 + drafts) for size in self.graph_sizes)
+
+    def prompt_graphs(self, most_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens that graphs exist for, of prompts alone and beside decodes, in a pool of at most `most_tokens` a step."""
+        if not self.prompt_graph_tokens:
+            return (), ()
+        most = min(most_tokens, self.prompt_graph_tokens)
+        return prompt_ladder(most), prompt_ladder(most, each=2)
 
 
 def _ladder(*parts: tuple[int, int, int]) -> tuple[int, ...]:
@@ -105,7 +115,7 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            comm_nvlink="nccl", comm_prefill="nccl", comm_decode="nccl",
            tbo_compute_slowdown=1.1, late_s=5e-6, mla_prefill="kernel", splits_replicas=True,
            prefill_slowdown=1.055, decode_slowdown=1.02, sum_spread=0.05,
-           few_rows=((1, 0.87), (2, 0.92), (4, 0.975), (8, 0.985), (16, 1.0)),
+           few_rows=((1, 0.87), (2, 0.92), (4, 0.975), (8, 0.985), (16, 1.0)), prompt_graph_tokens=PROMPT_GRAPH_TOKENS,
            note="eager launch: Qwen3-30B's prompts of 100 tokens in bf16 on the hosts of two H200s, 42 and 58 us for each kernel "
                 "counted (benchmarks/results/h200_shapes); prefill_slowdown: the same model's prompts of 4 x 4096 and 6 x 1800 "
                 "tokens, 1.04 to 1.09; decode_slowdown: median over 8 steps of it and 6 of DeepSeek-R1's slices; "

@@ -139,7 +139,7 @@ class Surface:
         tokens = x[..., INDEX["prefill_tokens"]]
         if not tokens.any():
             return np.zeros(tokens.shape)
-        chunks = np.maximum(x[..., INDEX["rows"]] - (x[..., INDEX["tokens"]] - tokens), 1e-9)
+        chunks = np.maximum(x[..., INDEX["rows"]] - x[..., INDEX["decode_tokens"]], 1e-9)
         new = tokens / np.maximum(chunks, 1.0)  # half a chunk (of a split batch) is a shorter chunk
         past = np.maximum(x[..., INDEX["prefill_kv"]] / chunks - tokens / chunks, 0.0)
         length = equivalent_tokens(np.maximum(new, 1.0), past, self.op.window or 0)

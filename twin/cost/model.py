@@ -31,6 +31,7 @@ from twin.cost.defaults import default_efficiency
 from twin.cost.deployments import Deployments, as_deployed, keys_of, load_deployments
 from twin.cost.engines import Engine, engine_of, wide_engine_of
 from twin.cost.evidence import Evidence
+from twin.cost.graphs import Graphs
 from twin.cost.interpolate import Interpolator
 from twin.cost.interval import interval, plain
 from twin.cost.memory import kv_block_bytes, memory_of
@@ -94,7 +95,9 @@ class CostModel:
         self._limit(pool)
 
     def _limit(self, pool: PoolPlan) -> None:
-        self._graph_sizes = np.array(self.site.engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
+        by_itself = pool.world == 1 or self.site.alone  # with others it would have to agree on a graph, prompts or none
+        prompts = by_itself and self.site.gpu.kind == "gpu" and not pool.tbo and not self.holds_mtp
+        self.graphs = Graphs.of(self.site.engine, pool, prompts=prompts)
         self._memory: Memory | None = None
 
     # --- compiled stacks, built when first asked for
@@ -241,17 +244,13 @@ class CostModel:
 
     # --- inside a step
     def _features(self, batch: StepBatch) -> Array:
-        pad = self._pad if self.pool.cuda_graphs and not np.any(batch.prefill_tokens) else None
-        x = features(batch, self.extents, pad)
+        prompts = np.any(batch.prefill_tokens)
+        x = features(batch, self.extents, None if prompts else self.graphs.pad)
+        if prompts:
+            self.graphs.fill(x)
         if x.shape[-2] not in (1, self.pool.dp):
             raise SpecError(f"a batch of {x.shape[-2]} ranks for an instance of {self.pool.dp}", field="batch")
         return x
-
-    def _pad(self, queries: Array) -> Array:
-        """Decode tokens rounded up to the next CUDA graph; unchanged beyond the largest."""
-        sizes = self._graph_sizes
-        place = np.searchsorted(sizes, queries)
-        return np.where((queries > 0) & (place < len(sizes)), sizes[np.minimum(place, len(sizes) - 1)], queries)
 
     def steps_s(self, batch: StepBatch) -> Array:
         """Seconds of many steps of any kind at once: arrays [n, d] -> [n]."""
@@ -348,8 +347,7 @@ class CostModel:
         """What launching kernel by kernel adds where no CUDA graph covers the step and the GPU outruns the host. [n]"""
         if self.site.gpu.kind == "cpu":
             return np.zeros(len(x))  # the host is the device: launches are in the operators already
-        decode_only = ~(x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        covered = self.pool.cuda_graphs & decode_only & (x[..., INDEX["tokens"]].max(axis=-1) <= self._graph_sizes[-1])
+        covered = self.graphs.cover(x)
         if covered.all():
             return np.zeros(len(x))
         engine = self.site.engine

@@ -205,13 +205,13 @@ def other_ops(s: Slice) -> list[Op]:
 
 def copies(s: Slice) -> list[Op]:
     """What a rank that runs alone does in place of its exchanges: rows gathered as they would arrive (as many as its own
-    tokens send), and summed as they would return, one for each choice."""
+    tokens send, none for padding), and summed as they would return, one for each choice."""
     model = s.model
     if model.moe is None or not model.moe_layers:
         return []
     k, row = model.moe.top_k, model.hidden * s.a
-    return [Op("moe/dispatch/copy", "elementwise", s.core_dtype, bytes={"tokens": 2 * k * row}, layers=model.moe_layers),
-            Op("moe/combine/copy", "elementwise", s.core_dtype, bytes={"tokens": (k + 1) * row}, layers=model.moe_layers)]
+    return [Op(f"moe/{name}/copy", "elementwise", s.core_dtype, bytes={"tokens": rows * row, "padding": -rows * row},
+               layers=model.moe_layers) for name, rows in (("dispatch", 2 * k), ("combine", k + 1))]
 
 
 def rank_ops(s: Slice) -> list[Op]:

@@ -20,7 +20,7 @@ from twin.cost.measured import Evidence, Measured, RowTable
 from twin.cost.overlap import Half
 from twin.cost.roofline import OpTable
 
-_TOKENS = INDEX["tokens"]
+_TOKENS, _PADDING = INDEX["tokens"], INDEX["padding"]
 _SHARED_KEY = "moe/shared"
 # what of each key runs before attention (or beside the dispatch, as shared experts do) and what from it to the gate
 _EARLY = {"attention/absorb": 0.5, "attention/kv_write": 1.0, "norm": 0.5, "small": 0.5, _SHARED_KEY: 1.0}
@@ -100,7 +100,7 @@ class Stack:
     @cached_property
     def _columns(self) -> list[int]:
         """The features that `TokenParts` follow from."""
-        return sorted({_TOKENS, *(own.feature for own in self._owns if isinstance(own, RowTable | Collective))})
+        return sorted({_TOKENS, _PADDING, *(own.feature for own in self._owns if isinstance(own, RowTable | Collective))})
 
     def _of_tokens(self, x: Array) -> TokenParts:
         """Remembered: a decode step differs from the last in its contexts, but seldom in tokens, which are padded to a graph."""
@@ -116,16 +116,18 @@ class Stack:
         return found
 
     def _token_parts(self, x: Array) -> TokenParts:
-        tokens = x[..., _TOKENS]
-        total = tokens.sum(axis=-1) * self._alike(x)
+        tokens, total = x[..., _TOKENS], self._routed(x)
         own = {place: own.seconds(x) for place, own in enumerate(self._owns) if isinstance(own, RowTable | Collective)}
         return TokenParts(own, None if self.experts is None else self.experts.seconds(total),
                           tuple(exchange.seconds(tokens) for _, exchange in self.exchanges), total > 0)
 
+    def _routed(self, x: Array) -> Array:
+        """Tokens of the instance that experts get: [n, d, f] -> [n]."""
+        return np.asarray((x[..., _TOKENS] - x[..., _PADDING]).sum(axis=-1) * self._alike(x))
+
     def half(self, x: Array) -> Half:
         """A pass over one half batch [n, d, f], as two-batch overlap needs it."""
-        streams, tokens = self.streams(x), x[..., _TOKENS]
-        total = tokens.sum(axis=-1) * self._alike(x)
+        streams, tokens, total = self.streams(x), x[..., _TOKENS], self._routed(x)
         experts = np.sum(self.experts.seconds(total), axis=0) if self.experts is not None else np.zeros(len(x))
         output = {_PROJECTIONS: self.output_share}
         before = {_PROJECTIONS: 1 - self.output_share}
@@ -162,8 +164,7 @@ class Stack:
             by_key[collective.key] = by_key.get(collective.key, np.zeros(len(x))) + collective.seconds(x)
         slow = int(np.sum(list(by_key.values()), axis=0).argmax())
         found = {key: float(seconds[slow]) for key, seconds in by_key.items()}
-        tokens = x[:, _TOKENS]
-        total = tokens.sum(keepdims=True) * self._alike(x)
+        tokens, total = x[:, _TOKENS], self._routed(x[None])
         if self.experts is not None:
             gemm_s, permute_s = self.experts.seconds(total)
             found["moe/experts"], found["moe/permute"] = float(gemm_s[0]), float(permute_s[0])

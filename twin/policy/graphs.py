@@ -21,7 +21,7 @@ def prompt_ladder(most_tokens: int, each: int = 4) -> tuple[int, ...]:
     """Tokens of a step with prompts that a graph is captured for: `each` evenly spaced rungs a doubling from 64 on (64, 80, 96,
     112, 128, 160, ...); the least of `most_tokens` and `PROMPT_GRAPH_TOKENS` is the last. `each` divides 64."""
     last = min(most_tokens, PROMPT_GRAPH_TOKENS)
-    rungs = []
+    rungs: list[int] = []
     start = _FIRST_PROMPT_RUNG
     while start < last:
         rungs += range(start, min(2 * start, last), start // each)

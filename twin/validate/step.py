@@ -19,6 +19,7 @@ from twin.cost.batch import StepBatch, StepCost
 from twin.cost.evidence import Evidence
 from twin.cost.model import CostModel
 from twin.cost.profile import gpu_key
+from twin.policy.graphs import PROMPT_GRAPH_TOKENS
 from twin.spec.base import Dtype
 from twin.spec.errors import Infeasible, SpecError
 from twin.spec.load import load_cluster, load_model
@@ -41,7 +42,8 @@ _NODE = 8  # GPUs of a node of the shipped clusters
 @dataclass(frozen=True)
 class Case:
     """One step of one rank. `batch` sequences of the rank, each `context` tokens long (decode) or computed whole (prefill);
-    `gpu` is a cluster preset's name; `instance`: all ranks together, exchanges and host included."""
+    `gpu` is a cluster preset's name; `instance`: all ranks together, exchanges and host included; `graph_tokens`: of the CUDA
+    graph that a step of prompts replays, 0 where its kernels are launched one by one, None as the engine has the habit."""
 
     model: ModelSpec
     phase: StepPhase
@@ -55,6 +57,7 @@ class Case:
     gpu: str = "h200"
     routing: Routing = field(default_factory=Routing)
     instance: bool = False
+    graph_tokens: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -69,7 +72,9 @@ class Case:
     def named(self) -> str:
         """A line's beginning."""
         text = f"{self.model.name} {self.precision} {self.phase} batch {self.batch} context {self.context}"
-        return text + "".join(f" {name} {n}" for name, n in (("ep", self.ep), ("tp", self.tp), ("dp", self.dp or 1)) if n > 1)
+        text += "".join(f" {name} {n}" for name, n in (("ep", self.ep), ("tp", self.tp), ("dp", self.dp or 1)) if n > 1)
+        graph = "" if self.graph_tokens is None else f" graph {self.graph_tokens}" if self.graph_tokens else " no graph"
+        return text + graph
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class Pair:
         return {
             "model": c.model.name, "phase": c.phase, "batch": c.batch, "context": c.context, "ep": c.ep, "tp": c.tp,
             "dp": c.ranks, "redundant": c.redundant, "precision": c.precision, "gpu": c.gpu, "layers": c.model.layers,
-            "alone": c.alone, "routing": c.routing.model_dump(mode="json", exclude_defaults=True) or {"kind": c.routing.kind},
+            "alone": c.alone, "graph_tokens": c.graph_tokens,
+            "routing": c.routing.model_dump(mode="json", exclude_defaults=True) or {"kind": c.routing.kind},
             "predicted": {"step_s": p.total_s, "low_s": p.low_s, "high_s": p.high_s, "parts_s": p.parts_s, "sources": p.sources},
             "measured": None if m is None else {k: m[k] for k in ("step_s", "p10_s", "p90_s", "parts_s", "floor_s") if k in m},
             "error": self.error, "inside": self.inside,
@@ -134,8 +140,11 @@ def _cost(case: Case, evidence: Evidence | None) -> CostModel:
         raise SpecError(f"{case.model.name} has no experts", field="ep", expected="1")
     if case.model.attention.heads % case.tp:
         raise SpecError(f"{case.model.attention.heads} heads do not divide over TP {case.tp}", field="tp")
+    tokens = case.batch * (case.context if case.phase == "prefill" else 1)
+    if case.phase == "prefill" and case.graph_tokens != 0:  # room for the graph that is known, as the last, or for all there are
+        tokens = case.graph_tokens or max(tokens, PROMPT_GRAPH_TOKENS)
     pool = PoolPlan(role="mixed", dp=case.ranks, tp=case.tp, ep=case.ep, redundant_experts=case.redundant,
-                    max_num_seqs=case.batch, max_batch_tokens=case.batch * (case.context if case.phase == "prefill" else 1))
+                    max_num_seqs=case.batch, max_batch_tokens=tokens, cuda_graphs=case.graph_tokens != 0)
     precision = Precision(weights=case.precision, experts=case.precision, kv="bf16", dispatch="bf16")
     plan = Plan(pools=(pool,), precision=precision, engine="eptwin")
     gpus = case.ranks * case.tp
@@ -165,7 +174,8 @@ def read_measured(path: Path) -> list[tuple[Case, dict[str, Any]]]:
             "gpu": gpu_key(str(data["provenance"]["gpu"])),
             "routing": Routing(kind="lognormal", sigma=skew) if skew else Routing(),
         }
-        rows = [(Case(model, row["phase"], int(row["batch"]), int(row["context"]), **shared), row) for row in data["rows"]]
+        rows = [(Case(model, row["phase"], int(row["batch"]), int(row["context"]), graph_tokens=graph_tokens_of(row), **shared),
+                 row) for row in data["rows"]]
         if not rows or not all(_is_time(row["step_s"]) for _, row in rows):
             raise ValueError("no rows with step_s")
     except OSError as err:
@@ -174,6 +184,16 @@ def read_measured(path: Path) -> list[tuple[Case, dict[str, Any]]]:
         raise SpecError(f"is no result of the step benchmark: {str(err)[:120]}", file=path,
                         expected="what `python -m benchmarks.step --json FILE` writes") from None
     return rows
+
+
+def graph_tokens_of(row: dict[str, Any]) -> int | None:
+    """`Case.graph_tokens` of a row of the benchmark. Rows from before prompts ran from graphs do not tell."""
+    if row["phase"] != "prefill":
+        return None
+    tokens = int(row.get("graph_tokens") or 0)
+    if tokens < 0:
+        raise ValueError(f"graph_tokens of {tokens}")
+    return tokens
 
 
 def _is_time(value: Any) -> bool:

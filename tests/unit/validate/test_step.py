@@ -82,6 +82,43 @@ def test_a_layer_less_is_a_layer_less(evidence: Evidence, tmp_path: Path) -> Non
     assert predict(case, evidence).parts_s["moe/experts"] == pytest.approx(whole.parts_s["moe/experts"] / 4, rel=0.01)
 
 
+def prompts_file(path: Path, **row: Any) -> Path:
+    """A result of a prompt of 100 tokens, with what a row tells of its graph."""
+    data = json.loads((RESULTS / "h200_step_qwen3_30b_prefill.json").read_text())
+    rows = [{**data["rows"][0], "batch": 1, "context": 100, **row}]
+    path.write_text(json.dumps({**data, "rows": rows}))
+    return path
+
+
+def test_a_prediction_follows_how_a_row_ran(evidence: Evidence, tmp_path: Path) -> None:
+    """Files from before prompts ran from graphs say nothing of them; without a file it is as the engine does now."""
+    path = tmp_path / "f.json"
+
+    def predicted(**row: Any) -> tuple[Case, float]:
+        case, _ = read_measured(prompts_file(path, **row))[0]
+        return case, predict(case, evidence).total_s
+
+    before, eager_s = predicted()
+    assert before.graph_tokens == 0 and predict(before, evidence).parts_s["host/launch"] > 0
+    assert predicted(graph_tokens=0)[1] == predicted(graph_tokens=None)[1] == eager_s
+    graph, graph_s = predicted(graph_tokens=112)
+    habit = Case(graph.model, "prefill", batch=1, context=100)
+    assert graph.graph_tokens == 112 and "host/launch" not in predict(graph, evidence).parts_s
+    assert predict(habit, evidence).total_s == graph_s < eager_s, "100 tokens run as 112, whatever else fits the pool"
+    wide, wide_s = predicted(graph_tokens=100)
+    assert wide.graph_tokens == 100 and wide_s < graph_s, "a graph of just these tokens pads nothing"
+    assert graph.named().endswith("graph 112") and before.named().endswith("no graph")
+    with pytest.raises(SpecError):
+        predicted(graph_tokens=-1)
+    decode, _ = read_measured(RESULTS / "h200_step_qwen3_30b_decode.json")[0]
+    assert decode.graph_tokens is None
+
+
+def test_longer_prompts_than_graphs_are_predicted_alike(evidence: Evidence) -> None:
+    case = {"model": QWEN, "phase": "prefill", "batch": 2, "context": 4096}
+    assert predict(Case(**case), evidence) == predict(Case(**case, graph_tokens=0), evidence)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": "qwen3-30b-a3b", "layers": 48, "rows": 3}', "nul",
                                   '{"model": "qwen3-30b-a3b", "layers": 48, "ep": 1, "redundant": 0, "precision": "bf16", '
                                   '"provenance": {"gpu": "NVIDIA H200"}, "rows": [{"phase": "decode", "batch": 1, "context": 9, '
@@ -124,6 +161,19 @@ def test_where_the_gpu_is_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch) ->
     assert other.exit_code == 0 and "the GPU here is NVIDIA H200" in other.stderr and len(ran) == 1
     CliRunner().invoke(cli, [*ASK, "--ep", "8"])
     assert "--rank-slice" in ran[1]
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 112])
+def test_what_ran_here_is_predicted_as_it_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, graph_tokens: int) -> None:
+    def bench(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        prompts_file(Path(arguments[arguments.index("--json") + 1]), graph_tokens=graph_tokens)
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(command, "_gpu_here", lambda: "NVIDIA H200")
+    monkeypatch.setattr(command.subprocess, "run", bench)
+    ask = ["validate", "step", "--model", "qwen3-30b-a3b", "--batch", "1", "--context", "100", "--phase", "prefill", "--json"]
+    pair = json.loads(CliRunner().invoke(cli, ask).stdout)["pairs"][0]
+    assert pair["graph_tokens"] == graph_tokens and ("host/launch" in pair["predicted"]["parts_s"]) == (graph_tokens == 0)
 
 
 def test_the_command_reads_files_and_filters_rows() -> None:

@@ -1,0 +1,69 @@
+"""Which of a pool's steps are one replay of a CUDA graph, and what they are padded to. `Engine` says which sizes there are.
+
+Legend of shapes: n steps, d DP ranks, f features, k graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from twin.cost.batch import INDEX, Array
+from twin.cost.engines import Engine
+from twin.spec.plan import PoolPlan
+
+_TOKENS, _PADDING = INDEX["tokens"], INDEX["padding"]
+_NONE: Array = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Sizes [k], ascending, empty where there are none: rows of steps that decode alone, tokens of steps of prompts alone and of
+    prompts beside decodes."""
+
+    decodes: Array
+    prompts: Array
+    beside: Array
+
+    @classmethod
+    def of(cls, engine: Engine, pool: PoolPlan, *, prompts: bool) -> Graphs:
+        """Those of a pool. `prompts`: whether its ranks could run prompts from graphs, if the engine has such."""
+        if not pool.cuda_graphs:
+            return cls(_NONE, _NONE, _NONE)
+        decodes = np.array(engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
+        most = max(pool.max_batch_tokens, pool.max_num_seqs)
+        alone, beside = engine.prompt_graphs(most) if prompts else ((), ())
+        return cls(decodes, np.array(alone, dtype=float), np.array(beside, dtype=float))
+
+    def pad(self, queries: Array) -> Array:
+        """Tokens of steps that decode alone, rounded up to the next graph; unchanged beyond the largest."""
+        return _up(self.decodes, queries)
+
+    def fill(self, x: Array) -> None:
+        """Round up, in place, the tokens of steps [..., d, f] that hold prompts. What is added is known as padding: rows that
+        dense products compute, but no expert, no attention and no LM head."""
+        if not len(self.prompts):
+            return
+        tokens = x[..., _TOKENS]
+        full = np.where(x[..., INDEX["any_decode"]] > 0, _up(self.beside, tokens), _up(self.prompts, tokens))
+        x[..., _PADDING] = np.where(x[..., INDEX["any_prefill"]] > 0, full - tokens, 0.0)
+        x[..., _TOKENS] += x[..., _PADDING]
+
+    def cover(self, x: Array) -> npt.NDArray[np.bool_]:
+        """Which steps [n, d, f] are one replay: [n]."""
+        prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
+        return np.asarray(x[..., _TOKENS].max(axis=-1) <= np.where(prompts, _last(self.prompts), _last(self.decodes)))
+
+
+def _up(sizes: Array, amounts: Array) -> Array:
+    """Amounts rounded up to the next of `sizes`; unchanged where 0 or beyond the largest."""
+    if not len(sizes):
+        return amounts
+    place = np.searchsorted(sizes, amounts)
+    return np.where((amounts > 0) & (place < len(sizes)), sizes[np.minimum(place, len(sizes) - 1)], amounts)
+
+
+def _last(sizes: Array) -> float:
+    return float(sizes[-1]) if len(sizes) else -1.0
