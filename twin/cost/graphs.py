@@ -14,14 +14,14 @@ from twin.cost.batch import INDEX, Array
 from twin.cost.engines import Engine
 from twin.spec.plan import PoolPlan
 
-_TOKENS, _PADDING = INDEX["tokens"], INDEX["padding"]
+_TOKENS, _PADDING, _NEW, _PAIRS = (INDEX[name] for name in ("tokens", "padding", "prefill_tokens", "prefill_pairs"))
 _NONE: Array = np.zeros(0)
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """Sizes [k], ascending, empty where there are none: rows of steps that decode alone, tokens of steps of prompts alone and of
-    prompts beside decodes."""
+    """Sizes [k], ascending, empty where there are none: rows of steps that decode alone, tokens of steps of whole prompts alone
+    and of whole prompts beside decodes."""
 
     decodes: Array
     prompts: Array
@@ -42,19 +42,27 @@ class Graphs:
         return _up(self.decodes, queries)
 
     def fill(self, x: Array) -> None:
-        """Round up, in place, the tokens of steps [..., d, f] that hold prompts. What is added is known as padding: rows that
-        dense products compute, but no expert, no attention and no LM head."""
+        """Round up, in place, the tokens of steps [..., d, f] that hold whole prompts. What is added is known as padding: rows
+        that dense products compute, but no expert, no attention and no LM head."""
         if not len(self.prompts):
             return
         tokens = x[..., _TOKENS]
         full = np.where(x[..., INDEX["any_decode"]] > 0, _up(self.beside, tokens), _up(self.prompts, tokens))
-        x[..., _PADDING] = np.where(x[..., INDEX["any_prefill"]] > 0, full - tokens, 0.0)
+        x[..., _PADDING] = np.where((x[..., _NEW] > 0) & _whole(x), full - tokens, 0.0)
         x[..., _TOKENS] += x[..., _PADDING]
 
     def cover(self, x: Array) -> npt.NDArray[np.bool_]:
         """Which steps [n, d, f] are one replay: [n]."""
         prompts = (x[..., INDEX["any_prefill"]] > 0).any(axis=-1)
-        return np.asarray(x[..., _TOKENS].max(axis=-1) <= np.where(prompts, _last(self.prompts), _last(self.decodes)))
+        fits = x[..., _TOKENS].max(axis=-1) <= np.where(prompts, _last(self.prompts), _last(self.decodes))
+        return np.asarray(fits & _whole(x).all(axis=-1)) if len(self.prompts) else np.asarray(fits)
+
+
+def _whole(x: Array) -> npt.NDArray[np.bool_]:
+    """Whether a rank's prompts begin in the step, as graphs hold them. What goes on from an earlier step, or from a cached prefix,
+    has more query-key pairs than one whole prompt of all those tokens; among many prompts a short past is not seen."""
+    new = x[..., _NEW]
+    return np.asarray(x[..., _PAIRS] <= new * (new + 1) / 2 * (1 + 1e-9))
 
 
 def _up(sizes: Array, amounts: Array) -> Array:

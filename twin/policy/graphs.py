@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def ladder(most: int) -> tuple[int, ...]:
@@ -17,6 +18,7 @@ PROMPT_GRAPH_TOKENS = 4096
 _FIRST_PROMPT_RUNG = 64
 
 
+@lru_cache(maxsize=256)
 def prompt_ladder(most_tokens: int, each: int = 4) -> tuple[int, ...]:
     """Tokens of a step with prompts that a graph is captured for: `each` evenly spaced rungs a doubling from 64 on (64, 80, 96,
     112, 128, 160, ...); the least of `most_tokens` and `PROMPT_GRAPH_TOKENS` is the last. `each` divides 64."""

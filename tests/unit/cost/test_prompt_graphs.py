@@ -72,6 +72,17 @@ def test_tokens_are_those_of_the_next_rung(batch: StepBatch, tokens: int) -> Non
         assert not x[INDEX["padding"]]
 
 
+@pytest.mark.parametrize(("batch", "covered"), [
+    (StepBatch.prefill([100], [1]), False), (StepBatch.prefill([100], [2048]), False),
+    (StepBatch.prefill([300], [400], 3), False), (StepBatch.prefill([300], seqs=3), True),
+    (replace(StepBatch.prefill([100]), prefill_context=np.array([100 * 101 / 2])), True)])  # pairs counted one by one
+def test_prompts_that_go_on_run_without_graphs(batch: StepBatch, covered: bool) -> None:
+    """Later chunks of long prompts and what follows a cached prefix: the runtime's graphs hold whole prompts."""
+    cost, eager = (cost_model(QWEN, ONE, pool_of(cuda_graphs=on)) for on in (True, False))
+    assert launched(cost, batch) != covered
+    assert covered or cost.step(batch) == eager.step(batch)
+
+
 def test_steps_are_padded_one_by_one() -> None:
     """Many steps at once cost what each does alone; the attention of prompts knows its chunks whatever the padding."""
     cost = cost_model(QWEN, ONE, pool_of())
