@@ -54,6 +54,20 @@ def test_experts_of_other_ranks_add_nothing(device, rng, monkeypatch) -> None:
     check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL, expert_map=expert_map)
 
 
+def test_rows_are_sorted_where_each_alone_would_read_experts_again(device, rng, monkeypatch) -> None:
+    """Sizes of Qwen3-30B, a rank of R1's EP 128 in fp8, and Mixtral; then the same numbers from either path."""
+    assert moe.rows_alone(2, 8, 128, 9.4e6) and not moe.rows_alone(3, 8, 128, 9.4e6)
+    assert moe.rows_alone(2, 1, 2, 44e6) and not moe.rows_alone(16, 1, 2, 44e6)
+    assert moe.rows_alone(1, 2, 8, 352e6) and not moe.rows_alone(8, 2, 8, 352e6)
+    sorts = []
+    monkeypatch.setattr(moe, "align", lambda *given, align=moe.align: sorts.append(given) or align(*given))
+    case = layer(rng, 5, 2, 3, 64, 32, torch.float32)
+    for limit in (1e9, 0.0):
+        monkeypatch.setattr(moe, "_SORT_BYTES", limit)
+        check(case, FP32_BOUND, device, monkeypatch, tiles=SMALL)
+    assert len(sorts) == 1
+
+
 def test_few_rows_need_no_sorting(device, rng, monkeypatch) -> None:
     """Two tokens of one expert, and an id that is nobody's."""
     case = layer(rng, 3, 2, 4, 64, 32, torch.float32)
