@@ -44,10 +44,11 @@ def _answers(grid: Grid, row: Json) -> bool:
 
 
 def merged(points: Json, suite: list[Json]) -> Json:
-    """Points with the suite's in place."""
-    found = dict(points)
+    """Points that the grids ask for, with the suite's in place."""
+    found: Json = {}
     for grid in grids():
         on_grid = {key_of(grid, values) for _, _, values in grid.points()}
+        found |= {key: points[key] for key in points if key in on_grid}
         for row in suite:
             if _answers(grid, row):
                 asked = values_of(row)

@@ -155,6 +155,27 @@ def _mla_decode(attrs: dict[str, str], v: Values) -> list[Call]:
     return calls
 
 
+def _mla_bmm(attrs: dict[str, str], v: Values) -> list[Call]:
+    """What decode runs before and behind its attention over latents (`runtime.model.attention.Mla`). pre: queries times the
+    heads' key projections, their rotary columns copied beside; post: attended latents times the value projections."""
+    tokens, heads = v["tokens"], v["heads"]
+    q, y = _randn(tokens, heads, _LATENT + _ROPE), _randn(tokens, heads, _V)
+    sets = [(_randn(heads, _NOPE + _V, _LATENT), _randn(tokens, heads, _NOPE + _ROPE), _randn(tokens, heads, _LATENT))
+            for _ in range(_sets(2 * heads * (_NOPE * _LATENT + tokens * (_NOPE + _LATENT))))]
+
+    def pre(up: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        torch.bmm(query[..., :_NOPE].transpose(0, 1), up[:, :_NOPE], out=q[..., :_LATENT].transpose(0, 1))
+        q[..., _LATENT:] = query[..., _NOPE:]
+        return q
+
+    def post(up: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(latents.transpose(0, 1), up[:, _NOPE:].transpose(1, 2), out=y.transpose(0, 1))
+
+    if attrs["side"] == "pre":
+        return [lambda up=up, query=query: pre(up, query) for up, query, _ in sets]
+    return [lambda up=up, latents=latents: post(up, latents) for up, _, latents in sets]
+
+
 def _mla_prefill(attrs: dict[str, str], v: Values) -> list[Call]:
     count, length, heads = v["batch"], v["new_tokens"], v["heads"]
     q = _randn(count * length, heads, _NOPE + _ROPE)
@@ -228,8 +249,8 @@ def _latent(attrs: dict[str, str], v: Values) -> list[Call]:
 
 _MAKERS: dict[str, Callable[[dict[str, str], Values], list[Call]]] = {
     "gemm": _gemm, "moe": _moe, "attention_decode": _attention_decode, "attention_prefill": _attention_prefill,
-    "mla_decode": _mla_decode, "mla_prefill": _mla_prefill, "norm": _norm, "quant": _quant, "silu": _silu, "gate": _gate,
-    "rope": _rope, "latent": _latent, "router": _router, "replica_split": _replica_split,
+    "mla_decode": _mla_decode, "mla_bmm": _mla_bmm, "mla_prefill": _mla_prefill, "norm": _norm, "quant": _quant,
+    "silu": _silu, "gate": _gate, "rope": _rope, "latent": _latent, "router": _router, "replica_split": _replica_split,
 }
 
 

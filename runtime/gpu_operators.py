@@ -56,20 +56,30 @@ class Grid:
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
-_PRODUCTS = (  # (n, k) of Qwen3-30B-A3B and 235B, DeepSeek-V3/R1, Kimi K2, gpt-oss, on one rank
+_PRODUCTS = (  # (n, k) of Qwen3-30B-A3B and 235B, DeepSeek-V3/R1, Kimi K2, GLM-4.5, on one rank
     (5120, 2048), (2048, 4096), (9216, 4096), (4096, 8192), (2112, 7168), (24576, 1536), (12288, 1536), (7168, 16384),
-    (7168, 8192), (4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432), (32768, 512), (5120, 2880), (2880, 4096),
-    (1536, 7168), (576, 7168), (128, 2048), (128, 4096), (256, 7168), (384, 7168),  # down projections one by one, routers
+    (7168, 8192), (4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432), (32768, 512), (14336, 5120), (5120, 12288),
+)
+_PRODUCTS_BF16 = (  # of gpt-oss and DeepSeek-V2-Lite, down projections one by one, routers: what nobody serves in fp8
+    (5120, 2880), (2880, 4096), (576, 2048), (3072, 2048), (2048, 2048), (4096, 512),
+    (1536, 7168), (576, 7168), (128, 2048), (128, 4096), (256, 7168), (384, 7168),
 )
 _HEADS = ((151936, 2048), (151936, 4096), (129280, 7168))
 _MOE = ("hidden", "intermediate", "top_k", "experts", "moe_tp", "moe_ep")
 _MODELS = ((2048, 768, 8, 128), (4096, 1536, 8, 128), (7168, 2048, 8, 256), (7168, 2048, 8, 384), (4096, 14336, 2, 8))
+_FAR_MODELS = (  # and an EP size: DeepSeek-V2-Lite, gpt-oss-20b, MiniMax-M2, GLM-4.5, Qwen3-Coder, Mixtral 8x22B
+    (2048, 1408, 6, 64, 1), (2880, 2880, 4, 32, 1), (3072, 1536, 8, 256, 8), (5120, 1536, 8, 160, 16), (6144, 2560, 8, 160, 16),
+    (6144, 16384, 2, 8, 4),
+)
+_SKEWED_TOKENS = (8, 64, 512, 4096, 32768)
+"""What of them is measured under skew, whose table is as fine elsewhere as that of an even load."""
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _GQA = ("heads", "kv_heads", "head_dim", "window")
 _WIDTHS = ((1536,), (2048,), (4096,), (7168,), (16384,))
 _INNER = ((768,), (2048,), (18432,))
 _MANY_ROWS = (*_ROWS, 32768, 65536, 131072)
 _GATES = ((128, 8), (256, 8), (384, 8))
+_LATENT_HEADS = ((16,), (32,), (64,), (128,))
 _ROUTERS = ((128, 8, 2048), (128, 8, 4096), (256, 8, 7168), (384, 8, 7168))
 _SPLITS = ((256, 288, 8, 8), (256, 288, 32, 8), (256, 288, 72, 8), (256, 288, 144, 8), (384, 416, 32, 8), (128, 144, 8, 8))
 
@@ -81,6 +91,7 @@ def grids() -> list[Grid]:
     latent = {**kv, "scope": "kernel"}
     narrow = tuple(shape for shape in _PRODUCTS if shape[0] < 30000)
     moe = [(*m, 1, ep) for m in _MODELS for ep in (1, 8, 32, 128) if _whole(m, ep)]
+    moe += [(*m, 1, ep) for *m, ep in _FAR_MODELS]
     heads = tuple((*heads, 128, NO_WINDOW) for heads in ((32, 4), (64, 4), (64, 8), (16, 2), (8, 1)))
     decode = {"batch": (1, 4, 16, 32, 64, 128, 256, 512), "context": (16, 128, 512, 1024, 2048, 4096, 16384, 65536)}
     prefill = {"batch": (1, 2, 4, 8), "new_tokens": (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)}
@@ -88,17 +99,23 @@ def grids() -> list[Grid]:
     asked: Callable[[dict[str, int]], float] = lambda v: v["batch"] * v["new_tokens"] / 33000  # noqa: E731
     wanted: Callable[[dict[str, int]], float] = lambda v: v["m"] / 512 if (v["n"], v["k"]) in _HEADS else 0.0  # noqa: E731
     sent: Callable[[dict[str, int]], float] = lambda v: v["tokens"] * v["top_k"] / v["moe_ep"] / 140000  # noqa: E731
+    known = {m[:2] for m in _MODELS}
+    skewed: Callable[[dict[str, int]], float] = lambda v: (  # noqa: E731
+        sent(v) if (v["hidden"], v["intermediate"]) in known or v["tokens"] in _SKEWED_TOKENS else 2.0)
+
     def experts(distribution: str, dtype: str) -> Grid:
         attrs = {"dtype": dtype, "layout": "fused", "distribution": distribution, "gated": "yes"}
-        return Grid("moe", attrs, _MOE, tuple(moe), {"tokens": _TOKENS}, sent)
+        return Grid("moe", attrs, _MOE, tuple(moe), {"tokens": _TOKENS}, sent if distribution == "balanced" else skewed)
 
     return [
-        Grid("gemm", bf16, ("n", "k"), (*_PRODUCTS, *_HEADS), {"m": _PRODUCT_ROWS}, wanted),
+        Grid("gemm", bf16, ("n", "k"), (*_PRODUCTS, *_PRODUCTS_BF16, *_HEADS), {"m": _PRODUCT_ROWS}, wanted),
         Grid("attention_decode", kv, _GQA, heads, decode, stored),
         Grid("attention_prefill", kv, _GQA, heads[:3], prefill, asked),
         experts("balanced", "bf16"),
         experts("balanced", "fp8"),
-        Grid("mla_decode", latent, ("heads",), ((16,), (32,), (64,), (128,)), decode, stored),
+        Grid("mla_decode", latent, ("heads",), _LATENT_HEADS, decode, stored),
+        Grid("mla_bmm", {**bf16, "side": "pre"}, ("heads",), _LATENT_HEADS, {"tokens": _PRODUCT_ROWS[:-4]}),
+        Grid("mla_bmm", {**bf16, "side": "post"}, ("heads",), _LATENT_HEADS, {"tokens": _PRODUCT_ROWS[:-4]}),
         Grid("gemm", {"dtype": "fp8"}, ("n", "k"), narrow, {"m": _PRODUCT_ROWS}),
         Grid("mla_prefill", latent, ("heads",), ((16,), (64,), (128,)), prefill, asked),
         experts("power_law_1.01", "bf16"),

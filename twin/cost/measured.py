@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twin.cost.batch import INDEX, Array
+from twin.cost.engines import OUR_ENGINE
 from twin.cost.interpolate import Curve, Interpolator
 from twin.cost.roofline import Op
 from twin.cost.work import equivalent_tokens
@@ -177,8 +178,11 @@ def split_measured(ops: Sequence[Op], ask: Ask, bounds: tuple[Array, Array, Arra
     rows: dict[str, list[tuple[str, Array, Evidence]]] = {}
     found: list[Measured] = []
     for j, op in enumerate(ops):
-        curve = _curve(op, ask)
-        if curve is None:
+        curve, absorbed = _curve(op, ask), _absorbed(op, ask)
+        if absorbed:
+            rows.setdefault(next(iter(op.flops)), []).extend(
+                (op.key, np.log(_rows_s(one) * op.layers / ask.share), evidence_of(one, 128)) for one in absorbed)
+        elif curve is None:
             left.append(op)
         elif op.matrix is not None:
             log_s, evidence = _product(op, curve, ask.share, bounds[0][:, j], bounds[1][:, j], bounds[2][:, j])
@@ -221,12 +225,12 @@ def _product(op: Op, curve: Curve, share: float, compute: Array, memory: Array, 
     """Log seconds of a dense product over `ROWS`, all layers, and where they come from.
 
     A table that says several times what a roofline does at 16 and 64 rows was timed with the host in the way: what it
-    shows there is the host, and only where it has risen well above its floor is it the kernel.
+    shows there is the host, and only where it has risen well above its floor is it the kernel. Ours are timed in graphs.
     """
     feature, gate = INDEX[next(iter(op.flops))], INDEX[op.gate]
     measured = _rows_s(curve) * op.layers / share
     bound = np.maximum(compute[feature] * ROWS, memory[feature] * ROWS + memory[gate]) + launch[gate]
-    if min((measured / bound)[[4 * _STEPS, 6 * _STEPS]]) <= _HOST_BOUND:
+    if _ours(curve) or min((measured / bound)[[4 * _STEPS, 6 * _STEPS]]) <= _HOST_BOUND:
         return np.log(measured), evidence_of(curve, 128)
     risen = np.clip(measured / measured[0] - 1.0, 0.0, 1.0)
     return np.log(bound) + risen * np.log(measured / bound), Evidence("mixed", 0.25)
@@ -250,6 +254,21 @@ def _curve(op: Op, ask: Ask) -> Curve | None:
     else:
         return None
     return curve if curve is not None and evidence_of(curve, 32, 2048).half_width <= _WIDEST else None
+
+
+def _absorbed(op: Op, ask: Ask) -> list[Curve]:
+    """Our engine's products of queries and outputs with what decode of latent attention absorbs; nothing where its profile lacks
+    one: other engines run them otherwise, beside other copies."""
+    if op.kind != "bmm" or not ask.latent_programs or not _is_deepseek(ask.attention):
+        return []
+    sides = [ask.profile.curve("mla_bmm", {"heads": ask.heads}, {"dtype": op.dtype, "side": side}) for side in ("pre", "post")]
+    found = [curve for curve in sides if curve is not None and _ours(curve)]
+    return found if len(found) == len(sides) else []
+
+
+def _ours(curve: Curve) -> bool:
+    """Whether a curve stands on what our engine measured, here or on another GPU."""
+    return f"/{OUR_ENGINE}/" in curve.detail
 
 
 def _latent(kind: str, words: dict[str, str], ask: Ask) -> Curve | None:

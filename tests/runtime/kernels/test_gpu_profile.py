@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from runtime import gpu_operators
+from runtime import gpu_calls, gpu_operators
 from runtime.gpu_calls import calls_of
 from twin.cost.profile import load_profile
 from twin.cost.work import work_of
@@ -38,8 +39,8 @@ def test_what_is_written_is_a_profile_that_the_cost_model_reads(tmp_path: Path, 
     profile = load_profile(tmp_path / "p.json")
     assert profile.gpu == "h200" and profile.engine == "eptwin"
     operators = {t.operator for t in profile.tables}
-    assert operators == {"gemm", "attention_decode", "attention_prefill", "moe", "mla_decode", "mla_prefill", "norm", "quant",
-                         "silu", "rope", "latent", "gate", "router", "replica_split"}
+    assert operators == {"gemm", "attention_decode", "attention_prefill", "moe", "mla_decode", "mla_bmm", "mla_prefill", "norm",
+                         "quant", "silu", "rope", "latent", "gate", "router", "replica_split"}
     assert sum(t.n_points for t in profile.tables) == len(asked)
     for table in profile.tables:
         for sheet in range(len(table.sheets)):
@@ -58,6 +59,38 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, asked: list[dict[str, 
     assert not asked and sum(t.n_points for t in load_profile(out).tables) == len(kept) - len(lost)
     gpu_operators.measure(out, 60.0, lambda line: None)
     assert len(asked) == len(lost) and out.read_text() == whole
+
+
+def test_absorbed_products_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries on latents with their rotary columns behind, and latents as values, head by head."""
+    drawn: list[torch.Tensor] = []
+
+    def randn(*shape: int) -> torch.Tensor:
+        drawn.append(torch.randn(shape, dtype=torch.bfloat16))
+        return drawn[-1]
+
+    monkeypatch.setattr(gpu_calls, "_randn", randn)
+    values = {"tokens": 3, "heads": 2}
+    pre, post = (calls_of("mla_bmm", {"dtype": "bf16", "side": side}, values)[0] for side in ("pre", "post"))
+    up, query, latents = drawn[2:5]
+    got = pre().clone()
+    want = torch.cat([torch.einsum("sqn,qnl->sql", query[..., :128].float(), up[:, :128].float()), query[..., 128:].float()], -1)
+    assert got.shape == (3, 2, 576) and torch.allclose(got.float(), want, rtol=2e-2, atol=2e-1)
+    half = len(drawn) // 2
+    up, _, latents = drawn[half + 2:half + 5]
+    got = post().transpose(0, 1)
+    want = torch.einsum("sql,qvl->sqv", latents.float(), up[:, 128:].float())
+    assert got.shape == (3, 2, 128) and torch.allclose(got.float(), want, rtol=2e-2, atol=2e-1)
+
+
+def test_sheets_of_far_models_are_coarse_under_skew_alone() -> None:
+    count: Counter[tuple[str, bool]] = Counter()
+    for grid in gpu_operators.grids():
+        for _, _, v in grid.points():
+            if grid.operator == "moe" and grid.attrs["dtype"] == "bf16" and grid.most(v) <= 1:
+                count[grid.attrs["distribution"], v["hidden"] == 3072] += 1
+    assert count["balanced", True] == 17 and count["power_law_1.01", True] == 5
+    assert count["balanced", False] > count["power_law_1.01", False] > 200
 
 
 @pytest.mark.gpu

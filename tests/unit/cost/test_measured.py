@@ -21,7 +21,7 @@ M = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 MODEL = load_model("qwen3-30b-a3b").model_copy(update={"layers": 2, "layer_attention": ("full",) * 2, "layer_ffn": ("moe",) * 2})
 
 
-def profile(gemm_floor_s: float = 5e-6, moe_floor_s: float = 60e-6) -> Profile:
+def profile(gemm_floor_s: float = 5e-6, moe_floor_s: float = 60e-6, engine: str = "eptwin") -> Profile:
     """Times that no roofline would say, so that a test can tell who answered."""
     gemms = [(5120.0, 2048.0), (2048.0, 4096.0), (float(MODEL.vocab), 2048.0)]
     products = tuple(tuple(gemm_floor_s + n * k * 2 / 2.5e12 + 2 * m * n * k / 4e14 for m in M) for n, k in gemms)
@@ -29,7 +29,7 @@ def profile(gemm_floor_s: float = 5e-6, moe_floor_s: float = 60e-6) -> Profile:
     decode = tuple(4e-6 + b * c * 1024 * 2 / 3e12 for b in (1.0, 64.0) for c in (128.0, 8192.0))
     words = {"dtype": "bf16"}
     return Profile(
-        gpu="h200", engine="eptwin", engine_version="1", peaks=GpuPeaks.of(GPU, load_cluster("h200").network),
+        gpu="h200", engine=engine, engine_version="1", peaks=GpuPeaks.of(GPU, load_cluster("h200").network),
         sources=(Source(name="test"),), tables=(
             Table(operator="gemm", attrs=words, shape=("n", "k"), sheets=tuple(gemms), axes={"m": M}, seconds=products,
                   spread=0.02),
@@ -41,10 +41,10 @@ def profile(gemm_floor_s: float = 5e-6, moe_floor_s: float = 60e-6) -> Profile:
                   axes={"batch": (1.0, 64.0), "context": (128.0, 8192.0)}, seconds=(decode,), spread=0.02)))
 
 
-def measured(model: ModelSpec = MODEL, **floors: float) -> CostModel:
+def measured(model: ModelSpec = MODEL, engine: str = "eptwin", **floors: float) -> CostModel:
     pool = PoolPlan(role="mixed")
-    store = Evidence(ProfileStore((profile(**floors),)))
-    return CostModel(model, load_cluster("h200-1x1"), Plan(pools=(pool,)), pool, profile=store)
+    store = Evidence(ProfileStore((profile(engine=engine, **floors),)))
+    return CostModel(model, load_cluster("h200-1x1"), Plan(pools=(pool,), engine=engine), pool, profile=store)
 
 
 def test_grid_points_come_back_and_say_so() -> None:
@@ -76,13 +76,37 @@ def test_experts_come_from_the_table_when_it_makes_sense() -> None:
 
 
 def test_a_host_bound_product_counts_only_where_it_rises() -> None:
-    plain = cost_model(MODEL, "h200-1x1", pool_of())
-    honest, slow = measured(), measured(gemm_floor_s=80e-6)
+    """Another engine's: ours is timed in graphs, and a product that takes long has no host in its way."""
+    plain = cost_model(MODEL, "h200-1x1", pool_of(), engine="sglang")
+    honest, slow = (measured(engine="sglang", gemm_floor_s=floor) for floor in (5e-6, 80e-6))
     small, large = StepBatch.decode([16], [160]), StepBatch.prefill([4096], 0)
     key = "attention/projections"
     assert slow.step(small).parts_s[key] == pytest.approx(plain.step(small).parts_s[key], rel=0.2)
     assert slow.step(small).sources[key] == "mixed"
     assert slow.step(large).parts_s[key] > 1.2 * honest.step(large).parts_s[key]
+    ours = measured(gemm_floor_s=80e-6).step(small)
+    assert ours.parts_s[key] > 4 * 80e-6 and ours.sources[key] in ("measured", "interpolated")
+
+
+def test_absorbed_products_come_from_our_own_table_of_both() -> None:
+    """20 and 30 us a layer; another engine's rows, and half of ours, leave the roofline."""
+    sides = [Table(operator="mla_bmm", attrs={"dtype": "bf16", "side": side}, shape=("heads",), sheets=((16.0,), (128.0,)),
+                   axes={"tokens": M}, seconds=((seconds,) * len(M),) * 2, spread=0.02) for side, seconds in (("pre", 20e-6),
+                                                                                                              ("post", 30e-6))]
+    model, pool, batch = load_model("deepseek-v2-lite"), PoolPlan(role="mixed"), StepBatch.decode([32], [32 * 1000])
+
+    def absorbed(tables: list[Table], owner: str = "eptwin") -> tuple[float, str]:
+        other = profile(engine=owner).model_copy(update={"tables": tuple(tables), "engine_version": "2"})
+        evidence = Evidence(ProfileStore((profile(), other)))
+        cost = CostModel(model, load_cluster("h200-1x1"), Plan(pools=(pool,)), pool, profile=evidence)
+        step = cost.step(batch)
+        assert cost.step_s(batch) == pytest.approx(step.total_s, rel=1e-9)
+        return step.parts_s["attention/absorb"], step.sources["attention/absorb"]
+
+    seconds, source = absorbed(sides)
+    assert seconds == pytest.approx(27 * 50e-6, rel=0.02) and source in ("measured", "interpolated")
+    for other in (absorbed(sides[:1]), absorbed(sides, "sglang")):
+        assert other[0] < 27 * 20e-6 and other[1] == "roofline"
 
 
 def test_nothing_of_a_gpu_answers_for_a_cpu() -> None:
