@@ -59,7 +59,7 @@ class Graphs:
 
 
 def _whole(x: Array) -> npt.NDArray[np.bool_]:
-    """Whether a rank's prompts begin in the step, as graphs hold them. What goes on from an earlier step, or from a cached prefix,
+    """Whether a rank's prompts begin in the step, as graphs hold them. What goes on from a step before, or from a cached prefix,
     has more query-key pairs than one whole prompt of all those tokens; among many prompts a short past is not seen."""
     new = x[..., _NEW]
     return np.asarray(x[..., _PAIRS] <= new * (new + 1) / 2 * (1 + 1e-9))
