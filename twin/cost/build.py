@@ -16,7 +16,7 @@ from twin.cost.experts import ExpertCost, ExpertWork, expert_cost, expert_work, 
 from twin.cost.interpolate import Interpolator
 from twin.cost.measured import Ask, Measured, RowTable, split_measured
 from twin.cost.network import Ints, Network
-from twin.cost.operators import Slice, copies, gemm, rank_ops
+from twin.cost.operators import Slice, copies, gemm, joined, rank_ops
 from twin.cost.protocols import ALONE, PROTOCOLS, Phase, Protocol, Slows
 from twin.cost.roofline import Efficiency, Op, OpTable, bytes_of, product_dtype
 from twin.cost.routing import place, popularity, slot_shares, touch_probability, typical_max
@@ -156,6 +156,8 @@ def build_stack(site: Site, shared: Shared, model: ModelSpec, *, compute_share: 
     """Compile the layers of `model` (the site's own, or its MTP module), `slows` beside another half batch's exchanges."""
     s = Slice(model, site.precision, site.pool.tp)
     ops: list[Op] = rank_ops(s)
+    if site.engine.name == OUR_ENGINE:
+        ops += joined(s)
     if site.alone and site.pool.ep > 1:
         ops += copies(s)
     if draft:  # hidden state and embedding of the last token, joined

@@ -214,6 +214,14 @@ def copies(s: Slice) -> list[Op]:
                layers=model.moe_layers) for name, rows in (("dispatch", 2 * k), ("combine", k + 1))]
 
 
+def joined(s: Slice) -> list[Op]:
+    """The sum of routed and shared experts' rows, in an engine that has a kernel of its own for it."""
+    model = s.model
+    if model.moe is None or not model.moe.shared_intermediate or not model.moe_layers:
+        return []
+    return [Op("moe/sum", "elementwise", s.core_dtype, bytes={"tokens": 3 * model.hidden * s.a}, layers=model.moe_layers)]
+
+
 def rank_ops(s: Slice) -> list[Op]:
     """All operators that a rank runs on its own tokens; grouped experts and communication are counted apart."""
     return [*attention_ops(s), *ffn_ops(s), *other_ops(s)]

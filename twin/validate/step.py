@@ -33,7 +33,7 @@ MAX_FILE_BYTES = 16 << 20
 PHASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("embedding",)), ("attention", ("attention/", "norm", "collective/attention")), ("dense_ffn", ("ffn/",)),
     ("gate", ("moe/gate",)), ("dispatch", ("moe/dispatch", "moe/all_gather")), ("shared_experts", ("moe/shared",)),
-    ("experts", ("moe/experts", "moe/permute")), ("combine", ("moe/combine", "moe/reduce_scatter")),
+    ("experts", ("moe/experts", "moe/permute")), ("combine", ("moe/combine", "moe/reduce_scatter", "moe/sum")),
     ("head", ("head", "sampling")),
 )
 _NODE = 8  # GPUs of a node of the shipped clusters

@@ -110,3 +110,11 @@ def slower(model: CostModel, batch: StepBatch) -> float:
 def test_a_whole_step_varies_beyond_its_operators() -> None:
     found = cost("eptwin", load_model("qwen3-30b-a3b"), Evidence.load()).step(StepBatch.decode([64], [64 * 1024]))
     assert (found.high_s - found.low_s) / 2 >= ENGINES["eptwin"].sum_spread * found.total_s
+
+
+def test_shared_experts_rows_join_the_routed_in_a_kernel_of_ours() -> None:
+    model, batch = load_model("deepseek-r1"), StepBatch.prefill([4096], seqs=[1])
+    ours, theirs = (cost(engine, model, None).step(batch).parts_s for engine in ("eptwin", "sglang"))
+    moved = 58 * 3 * 4096 * 7168 * 2
+    assert moved / 4.8e12 < ours["moe/sum"] < 2.5 * moved / 4.8e12 and "moe/sum" not in theirs
+    assert "moe/sum" not in cost("eptwin", load_model("qwen3-30b-a3b"), None).step(batch).parts_s
