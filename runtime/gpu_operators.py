@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from runtime.gpu_calls import Call, calls_of, fp8_product, read_kernel
 from runtime.operators import NO_WINDOW
@@ -215,7 +216,7 @@ def measure(out: Path, budget_s: float, progress: Callable[[str], None] = print,
                 continue
             try:
                 found.put(key, _point(grid, values))
-            except RuntimeError as error:  # told, and asked again by the next run
+            except (RuntimeError, ValueError, AssertionError, TritonError) as error:  # told, and asked again by the next run
                 progress(f"{key}: {str(error).splitlines()[0][:160]}")
         progress(f"{grid.operator:18} {' '.join(grid.attrs.values()):36} {time.monotonic() - began:6.1f} s, {missed} left out")
     found.write()

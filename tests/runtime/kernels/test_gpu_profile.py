@@ -93,6 +93,20 @@ def test_sheets_of_far_models_are_coarse_under_skew_alone() -> None:
     assert count["balanced", False] > count["power_law_1.01", False] > 200
 
 
+def test_a_kernel_that_does_not_take_a_shape_leaves_a_hole(tmp_path: Path, asked: list[dict[str, int]],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls(operator: str, attrs: dict[str, str], values: dict[str, int]) -> list[dict[str, int]]:
+        if values["width"] == 2048:
+            raise AssertionError("too wide")
+        return [values]
+
+    monkeypatch.setattr(gpu_operators, "calls_of", calls)
+    lines: list[str] = []
+    gpu_operators.measure(tmp_path / "p.json", 60.0, lines.append, only=["norm"])
+    (table,) = load_profile(tmp_path / "p.json").tables
+    assert len(table.sheets) == 4 and sum("too wide" in line for line in lines) == 15
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
