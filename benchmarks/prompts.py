@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.timing import provenance, time_graph
 from runtime.kernels.attention_prefill import PromptTile, prompt_attention
+from runtime.pieces import PIECE_ROWS, pieces
 from twin.spec.rundir import write_text
 
 CASES = ("32,4,128,0,1800x6", "32,4,128,0,1800", "32,4,128,0,4096x4", "32,4,128,0,700x9", "32,4,128,0,256+700+1400+90+2500+1030",
@@ -68,8 +70,12 @@ class Case:
         return 2.0 * pairs * self.heads * (2 * self.dim + self.shared)
 
     def ours(self, tile: PromptTile | None = None) -> torch.Tensor:
-        return prompt_attention(self.q, self.k, self.v, self.starts, self.key_starts, self.lens, scale=self.scale,
+        return prompt_attention(self.q, self.k, self.v, self.pieces(tile.rows if tile else PIECE_ROWS), scale=self.scale,
                                 shared_CR=self.rope, tile=tile)
+
+    @cache  # noqa: B019
+    def pieces(self, rows: int) -> torch.Tensor:
+        return torch.from_numpy(pieces(self.lens, self.contexts, rows)).cuda()
 
     def keys(self) -> torch.Tensor:
         """Whole keys of every head."""

@@ -6,8 +6,10 @@
 
 Weights are random. A decode step is one replay of its CUDA graph, replays following one another without the host; its
 time is the median over replays after three to warm up, its spread the 10th and 90th percentile. `--rank-slice` runs
-what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`. `--variants` chooses kernels for few rows and how
-fp8 products are cut, as an engine does at its start (`runtime.tune`), and measures the step both ways.
+what one rank of an instance of `--ep` ranks runs; see `runtime.rank_slice`. Prompts of up to 4,096 tokens are replays too, of the
+graph that an engine of one rank has for them, and their head behind it; longer ones are launched kernel by kernel. `--variants`
+chooses kernels for few rows and how fp8 products are cut, as an engine does at its start (`runtime.tune`), and measures the step
+both ways.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,13 @@ from runtime.kv import make_kv
 from runtime.layout import RankLayout, single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
+from runtime.prompts import PromptRunner
 from runtime.quantise import quantise
 from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout, slice_placement
 from runtime.refine import name_of, refine
 from runtime.tune import chains, tune
 from runtime.weights import load_weights
+from twin.policy.graphs import PROMPT_GRAPH_TOKENS, prompt_ladder
 from twin.spec.load import load_model
 from twin.spec.model import ModelSpec
 from twin.spec.rundir import write_text
@@ -151,18 +155,18 @@ def _faster(transformer: Transformer, batch: int, replayed: Callable[[], list[fl
     return seconds, {"variants": {**both, "serves": serves, "parts": parts}}
 
 
-def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates) -> Json:
-    """One point: `batch` whole prompts of `length` tokens in one step."""
-    each = bench.room(batch, length)
+def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: int, rates: Rates, eager: bool) -> Json:
+    """One point: `batch` whole prompts of `length` tokens in one step, from a graph where the engine has one."""
+    each, tokens = bench.room(batch, length), batch * length
     model = bench.transformer(comm)
     prompts = [Segment(torch.randint(bench.model.vocab, (length,)).tolist(), 0, range(i * each, (i + 1) * each), True)
                for i in range(batch)]
-    step = make_step(prompts, bench.block, "cuda")
-
-    def once() -> None:
-        model.forward(step, bench.kv, batch * length)
-
+    size = None if eager else next((size for size in prompt_ladder(PROMPT_GRAPH_TOKENS) if size >= tokens), None)
+    once, captured = _prompts_once(bench, model, prompts, size)
     seconds = between(once, replays)
+    if captured is not None:  # a second graph, with events in it
+        bench.phases.listening = True
+        captured.capture()
     bench.phases.listening = True
     once()
     bench.phases("end")
@@ -170,9 +174,30 @@ def prefill(bench: Bench, comm: ExpertComm, batch: int, length: int, replays: in
     parts = bench.phases.seconds()
     bench.phases.listening = False
     kernels = kernel_seconds(once)
-    tokens = batch * length
     load = Load(tokens, batch * length * (length + 1) / 2, tokens, batch, *expert_rows(bench.model, comm, tokens))
-    return {**row_of(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "kernels_s": kernels}
+    return {**row_of(bench, "prefill", batch, length, tokens, seconds, parts, load, rates), "graph_tokens": size or 0,
+            "kernels_s": kernels}
+
+
+def _prompts_once(bench: Bench, model: Transformer, prompts: list[Segment],
+                  size: int | None) -> tuple[Callable[[], object], PromptRunner | None]:
+    """What computes prompts once, its input on the device; the captured step of so many tokens, where there is one."""
+    tokens = sum(len(s.token_ids) for s in prompts)
+    if size is None:
+        step = make_step(prompts, bench.block, "cuda")
+        return lambda: model.forward(step, bench.kv, tokens), None
+    runner = PromptRunner(model, bench.kv, bench.block, most=tokens, sequences=len(prompts), decodes=0, max_context=tokens,
+                          sizes=[size])
+    runner.capture()
+    runner.run(prompts)
+    rows = torch.tensor(list(accumulate(len(s.token_ids) for s in prompts)), device="cuda") - 1
+
+    def once() -> None:
+        runner.again((size, 0))
+        bench.phases("head")
+        runner.head(rows)
+
+    return once, runner
 
 
 def expert_rows(model: ModelSpec, comm: ExpertComm, tokens: int) -> tuple[int, int]:
@@ -275,16 +300,17 @@ def _cut_word(cut: Json) -> str:
 
 
 def points(bench: Bench, phase: str, batches: tuple[int, ...], contexts: tuple[int, ...], *, sliced: bool, skew: float,
-           replays: int, rates: Rates, variants: bool) -> Iterator[Json]:
+           replays: int, rates: Rates, variants: bool, eager: bool) -> Iterator[Json]:
     """Every batch at every context. A row is given before it is shown: whatever showing it does, it is kept."""
     for batch in batches:
         for context in contexts:
             comm: ExpertComm = Local()
             if sliced:
                 tokens = own_tokens(phase, batch, context)
-                comm = SliceComm(draw_arrivals(bench.model, bench.at, tokens, skew=skew, seed=1, device="cuda"))
+                comm = SliceComm(draw_arrivals(bench.model, bench.at, tokens, skew=skew, seed=1, device="cuda"),
+                                 padded=phase == "prefill")
             row = (decode(bench, comm, batch, context, replays, rates, variants) if phase == "decode"
-                   else prefill(bench, comm, batch, context, replays, rates))
+                   else prefill(bench, comm, batch, context, replays, rates, eager))
             yield row
             show(row)
 
@@ -313,12 +339,13 @@ def keep(out: Path | None, record: Json) -> None:
 @click.option("--block-tokens", type=int, default=64)
 @click.option("--replays", type=int, default=30)
 @click.option("--variants", is_flag=True, help="Choose kernels for up to 16 rows by timing; print both (decode).")
+@click.option("--eager", is_flag=True, help="Launch prompts kernel by kernel, where an engine has a graph too.")
 @click.option("--hf", is_flag=True, help="Then the same steps by transformers, in the same run (Qwen3-MoE).")
 @click.option("--commit", default=None)
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write figures and provenance here.")
 def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int, redundant: int, sliced: bool, skew: float,
-         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, variants: bool, hf: bool,
-         commit: str | None, out: Path | None) -> None:
+         precision: str, phase: str, layers: int | None, block_tokens: int, replays: int, variants: bool, eager: bool,
+         hf: bool, commit: str | None, out: Path | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("this benchmark needs a CUDA GPU")
     if ep > 1 and not sliced:
@@ -332,7 +359,7 @@ def main(name: str, batches: tuple[int, ...], contexts: tuple[int, ...], ep: int
               "precision": precision, "block_tokens": block_tokens, "rates": asdict(rates), "rows": rows,
               "provenance": {**provenance(commit), "method": __doc__}}
     for row in points(bench, phase, batches, contexts, sliced=sliced, skew=skew, replays=replays, rates=rates,
-                      variants=variants):
+                      variants=variants, eager=eager):
         rows.append(row)
         keep(out, record)  # a run that is cut off leaves what it had
     if hf:

@@ -13,7 +13,10 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from runtime.pieces import pieces
 
 
 @dataclass(slots=True)  # not frozen: hundreds are made every step, and that takes three times as long
@@ -35,6 +38,9 @@ class StepInput:
     `slots_T` is where a token's KV goes: block * block_tokens + offset, -1 for nowhere (padding).
     `seq_lens_S` counts context including this step; `query_starts` [S+1] delimits each sequence's tokens.
     `logit_rows` are the token rows whose next token is wanted, in sequence order.
+
+    `held_W4` is there where launches are captured while sequences change: whole prompts as pieces (`runtime.pieces`), of rows
+    counted among all tokens. The first `num_decodes` tokens may then be decodes: those whose `seq_lens_S` is not 0.
     """
 
     token_ids_T: torch.Tensor
@@ -47,18 +53,19 @@ class StepInput:
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+    held_W4: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.token_ids_T.shape[0]
 
-    @cached_property
-    def prompt_starts(self) -> torch.Tensor:
-        """Where each prompt's tokens begin among those of all prompts, int32 [P + 1]; decodes are one token each."""
-        return self.query_starts[self.num_decodes:] - self.num_decodes if self.num_decodes else self.query_starts
+    @property
+    def first_prompt_row(self) -> int:
+        """Where rows of prompts may begin: behind the decodes; in a captured step, which rows are whose changes."""
+        return 0 if self.held_W4 is not None else self.num_decodes
 
     @cached_property
-    def _key_starts(self) -> dict[int, torch.Tensor]:
+    def _pieces(self) -> dict[int, torch.Tensor]:
         return {}
 
     def prompt_parts(self, most_keys: int) -> Iterator[tuple[slice, StepInput]]:
@@ -86,14 +93,55 @@ class StepInput:
         return [min(context, length + window - 1) if window else context
                 for length, context in zip(self.query_lens[n:], self.context_lens[n:], strict=True)]
 
-    def prompt_key_starts(self, window: int = 0) -> torch.Tensor:
-        """Where each prompt's keys begin among those of all prompts, int32 [P + 1]."""
-        if self.query_lens[self.num_decodes:] == self.context_lens[self.num_decodes:]:
-            return self.prompt_starts
-        if window not in self._key_starts:
-            self._key_starts[window] = torch.tensor([0, *accumulate(self.prompt_keys(window))], dtype=torch.int32,
-                                                    device=self.query_starts.device)
-        return self._key_starts[window]
+    def prompt_pieces(self, window: int = 0) -> torch.Tensor:
+        """The prompts' pieces, rows counted from `first_prompt_row`, each prompt's keys behind those of the one before."""
+        if self.held_W4 is not None:
+            return self.held_W4
+        lens = self.query_lens[self.num_decodes:]
+        keys = self.context_lens[self.num_decodes:]
+        reach = 0 if lens == keys else window
+        if reach not in self._pieces:
+            found = pieces(lens, self.prompt_keys(reach) if reach else keys)
+            self._pieces[reach] = torch.from_numpy(found).to(self.query_starts.device)
+        return self._pieces[reach]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A step's segments as arrays on the host: int64 of each token, lengths and contexts of each sequence."""
+
+    ids_T: npt.NDArray[np.int64]
+    positions_T: npt.NDArray[np.int64]
+    slots_T: npt.NDArray[np.int64]
+    lens: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+def lay_out(segments: Sequence[Segment], block_tokens: int) -> Laid:
+    """Segments behind one another."""
+    lens = [len(s.token_ids) for s in segments]
+    contexts = [s.start + n for s, n in zip(segments, lens, strict=True)]
+    positions, slots = (np.empty(sum(lens), dtype=np.int64) for _ in range(2))
+    row = 0
+    for segment, context in zip(segments, contexts, strict=True):
+        blocks = np.asarray(segment.blocks[: -(-context // block_tokens)], dtype=np.int64)
+        assert len(blocks) * block_tokens >= context, "a table too short for its context"
+        where, stop = np.arange(segment.start, context), row + context - segment.start
+        positions[row:stop] = where
+        slots[row:stop] = blocks[where // block_tokens] * block_tokens + where % block_tokens
+        row = stop
+    ids = np.fromiter((t for s in segments for t in s.token_ids), dtype=np.int64, count=row)
+    return Laid(ids, positions, slots, tuple(lens), tuple(contexts))
+
+
+def tables_of(segments: Sequence[Segment], contexts: Sequence[int], block_tokens: int) -> npt.NDArray[np.int32]:
+    """The blocks of each sequence's context [S, B], filled up with block 0."""
+    width = max((-(-c // block_tokens) for c in contexts), default=0)
+    tables = np.zeros((len(segments), width), dtype=np.int32)
+    for row, segment, context in zip(tables, segments, contexts, strict=True):
+        blocks = segment.blocks[: -(-context // block_tokens)]
+        row[: len(blocks)] = blocks
+    return tables
 
 
 def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.device | str = "cpu") -> StepInput:
@@ -101,29 +149,20 @@ def make_step(segments: Sequence[Segment], block_tokens: int, device: torch.devi
     segments = rows_of(segments)
     decodes = sum(not s.is_prefill for s in segments)
     assert all(s.is_prefill for s in segments[decodes:]), "decodes come first"
-    lens = [len(s.token_ids) for s in segments]
-    starts = [0, *accumulate(lens)]
-    contexts = [s.start + n for s, n in zip(segments, lens, strict=True)]
-    width = max((-(-c // block_tokens) for c in contexts), default=0)
-    tables = np.zeros((len(segments), width), dtype=np.int32)
-    positions = np.empty(starts[-1], dtype=np.int64)
-    slots = np.empty(starts[-1], dtype=np.int64)
-    for i, segment in enumerate(segments):
-        blocks = np.asarray(segment.blocks[: -(-contexts[i] // block_tokens)], dtype=np.int64)
-        assert len(blocks) * block_tokens >= contexts[i], "a table too short for its context"
-        tables[i, : len(blocks)] = blocks
-        where = np.arange(segment.start, contexts[i])
-        positions[starts[i] : starts[i + 1]] = where
-        slots[starts[i] : starts[i + 1]] = blocks[where // block_tokens] * block_tokens + where % block_tokens
-    ids = np.fromiter((t for s in segments for t in s.token_ids), dtype=np.int64, count=starts[-1])
-    rows = np.array([starts[i + 1] - 1 for i, s in enumerate(segments) if s.wants_logits], dtype=np.int64)
+    laid = lay_out(segments, block_tokens)
+    starts = np.array([0, *accumulate(laid.lens)], dtype=np.int32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    return StepInput(tensor(ids), tensor(positions), tensor(slots), tensor(tables),
-                     tensor(np.array(contexts, dtype=np.int32)), tensor(np.array(starts, dtype=np.int32)), tensor(rows),
-                     decodes, tuple(lens), tuple(contexts))
+    return StepInput(tensor(laid.ids_T), tensor(laid.positions_T), tensor(laid.slots_T),
+                     tensor(tables_of(segments, laid.contexts, block_tokens)), tensor(np.array(laid.contexts, dtype=np.int32)),
+                     tensor(starts), tensor(wanted_rows(segments, laid.lens)), decodes, laid.lens, laid.contexts)
+
+
+def wanted_rows(segments: Sequence[Segment], lens: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The last token's row of every segment that wants logits."""
+    return np.array([stop - 1 for s, stop in zip(segments, accumulate(lens), strict=True) if s.wants_logits], dtype=np.int64)
 
 
 def rows_of(segments: Sequence[Segment]) -> list[Segment]:

@@ -18,7 +18,7 @@ ON_DEVICE = frozenset({"embed", "attention", "dense_ffn", "gate", "dispatch", "e
 """Phases whose work a GPU does while the host is elsewhere."""
 Cut = tuple[dict[str, float], int, bool]
 """The host's seconds by phase, how many marks there had been on the device, and whether the step's graph has some."""
-TIMED_EVERY_S = 0.02
+TIMED_EVERY_S = 0.1
 """Steps in graphs that follow one another faster are not all timed on the device: a pair of events takes the host 30 to 70 us."""
 
 

@@ -12,9 +12,10 @@ Legend: B rows of a graph, P blocks of a table, V vocabulary.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from runtime.batch import Segment, StepInput, rows_of
 from runtime.kernels.step import feed_back, place_tokens
 from runtime.model.transformer import Transformer
 from twin.policy.graphs import EAGER, ladder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class Drawn:
     logits: torch.Tensor
     tokens: torch.Tensor
     states: torch.Tensor
+
+
+def captured(step: Callable[[], T], pool: tuple[int, int] | None, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A step's graph, in a pool of memory, and what the step gave, to be overwritten by replays. The step runs once before:
+    kernels are compiled and handles made outside the capture."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's own threads ask after their work meanwhile, which another mode takes for a part of the capture
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        given = step()
+    return graph, given
 
 
 class DecodeRunner:
@@ -72,15 +89,7 @@ class DecodeRunner:
         """Capture a size anew, with the kernels that serve it now. `capture` comes first."""
         assert self._stream is not None
         self.lens_B.zero_()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._step(size)  # kernels are compiled and handles made before the capture; padding alone is computed
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's own threads ask after their work meanwhile, which another mode takes for a part of the capture
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            drawn = self._step(size)
-        self.graphs[size] = (graph, drawn)
+        self.graphs[size] = captured(lambda: self._step(size), self._pool, self._stream)
 
     def rehearse(self, size: int, replays: int = 15) -> tuple[float, torch.Tensor]:
         """Median seconds of a captured size, in made-up contexts of up to 1024 tokens, and the logits of a first step, of

@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from runtime.batch import Segment, halve, logit_rows, make_step
+from runtime.batch import Segment
 from runtime.clock import Clock, Cut
 from runtime.comm.group import PeerLost
 from runtime.comm.waiting import check_peers
 from runtime.compiles import compiles
 from runtime.control import Control, Message
 from runtime.eplb import rebalancer
-from runtime.rank import Rank
+from runtime.forward import forward
+from runtime.rank import Rank, most_tokens
 from runtime.records import IDLE, StepLog, did
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
@@ -153,7 +154,8 @@ class StepLoop:
             segments = self._drafter.extend(segments, owners, agreed.passes, agreed.capacity)
         if self._desk is not None:
             self._desk.tell_starts(plan)
-        logits, greedy, states = self._forward(segments, agreed)
+        logits, greedy, states = forward(self.rank, segments, self.clock.mark, graph=agreed.graph, tokens=agreed.tokens,
+                                         capacity=agreed.capacity)
         if self.log is not None:
             self.log.send_due()  # a device is busy now
         taken = None
@@ -204,25 +206,6 @@ class StepLoop:
         buffer = packed.to(device) if self._desk is not None else torch.empty(size, dtype=torch.int64, device=device)
         self.rank.groups.tp.broadcast(buffer)
         return segments if self._desk is not None else unpack(buffer.cpu())
-
-    def _forward(self, segments: list[Segment], agreed: Round) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Logits of the rows that asked; their greedy tokens, where the step gives them as well; the finished states of all
-        tokens, where somebody needs them."""
-        rank, pool, model = self.rank, self.rank.pool, self.rank.transformer
-        if agreed.graph is not None:
-            assert rank.decode is not None
-            self.clock.mark("graph")
-            drawn = rank.decode.run(segments, agreed.graph)
-            return drawn.logits, drawn.tokens, drawn.states
-        overlaps = pool.tbo and agreed.tokens >= pool.tbo_min_tokens
-        steps = [make_step(part, pool.block_tokens, rank.device) for part in (halve(segments) if overlaps else [segments])]
-        if rank.progress is not None:
-            rank.progress.begin(segments, len(steps))
-        with torch.inference_mode():
-            if not overlaps and rank.mtp is None:
-                return model.forward(steps[0], rank.kv, agreed.capacity), None, None
-            states = model.hidden(steps, rank.kv, -(-agreed.capacity // 2) if overlaps else agreed.capacity)
-            return model.head(states[logit_rows(steps)]), None, states
 
     def _end_step(self) -> Cut:
         """A step's times end here, on the machine's monotonic clock."""
@@ -397,4 +380,4 @@ class Desk:
 def limits_of(rank: Rank) -> BatchLimits:
     """The batching limits that the rank's pool states."""
     pool = rank.pool
-    return BatchLimits(pool.max_num_seqs, max(pool.max_batch_tokens, pool.max_num_seqs), pool.chunk_tokens, rank.max_context)
+    return BatchLimits(pool.max_num_seqs, most_tokens(pool), pool.chunk_tokens, rank.max_context)

@@ -236,9 +236,9 @@ class TorchOps:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def expanded_attention(self, q_TQD: torch.Tensor, k_CQN: torch.Tensor, v_CQV: torch.Tensor, rope_CR: torch.Tensor,
-                           step: StepInput, *, scale: float) -> torch.Tensor:
+                           step: StepInput, *, scale: float, out_TQV: torch.Tensor | None = None) -> torch.Tensor:
         """Causal attention of the step's prompts over keys and values of all their positions, prompts behind one another. Keys
-        have N columns of their own and R that all heads share; queries N + R. Returns [T, Q, V]."""
+        have N columns of their own and R that all heads share; queries N + R. Returns [T, Q, V], in `out_TQV` if given."""
         parts, row, first = [], 0, 0
         k_CQD = torch.cat([k_CQN, rope_CR[:, None].expand(-1, k_CQN.shape[1], -1)], -1)
         for i in range(step.num_decodes, len(step.query_lens)):
@@ -247,7 +247,7 @@ class TorchOps:
             q, k, v = (x.transpose(0, 1)[None] for x in (q_TQD[row:stop], k_CQD[first:last], v_CQV[first:last]))
             parts.append(attend(q, k, v, mask, scale, None)[0].transpose(0, 1))
             row, first = stop, last
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts, out=out_TQV)
 
     def route(self, x_TH: torch.Tensor, router: Router, moe: MoE, slots_T: torch.Tensor,
               load_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from twin.spec.plan import Plan, PoolPlan
 if TYPE_CHECKING:
     from runtime.decode import DecodeRunner
     from runtime.few_rows import FewRows
+    from runtime.prompts import PromptRunner
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CPU_KV_SHARE = 0.25
@@ -57,8 +59,9 @@ class Groups:
 @dataclass(frozen=True)
 class Rank:
     """Everything that a step needs. `kv_blocks` and `max_context` are the same on all ranks of an instance; `decode` runs
-    steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `mtp` drafts, with the last of
-    `kv` as its cache; `prepared` says what was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`);
+    steps of decodes alone from graphs, where it is there, which it is on all of them or on none; `prompts` runs steps with
+    prompts from graphs, where it is there and has one; `mtp` drafts, with the last of `kv` as its cache; `prepared` says what
+    was tuned and compiled at the start (`runtime.tune`, `runtime.warmup`);
     `progress` is there where KV leaves while its prompt is computed."""
 
     model: ModelSpec
@@ -75,6 +78,7 @@ class Rank:
     expert_bytes: int
     placement: list[list[int]] | None = None
     decode: DecodeRunner | None = None
+    prompts: PromptRunner | None = None
     mtp: Mtp | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     progress: Progress | None = None
@@ -141,7 +145,6 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
             for kind in (False, True)}
     kv = make_kv(cached, at, blocks, pool.block_tokens, dtype, device)
     max_context = min(cap, model.max_context, blocks * pool.block_tokens)
-    decode, prepared = None, dict[str, Any]()
     for ffn in transformer.moe_layers:  # before any step is captured
         ffn.replicas.may_move = pool.eplb is not None and at.ep > 1
         if (options.record_routing or "").endswith(".json"):
@@ -149,19 +152,15 @@ def build_rank(model: ModelSpec, plan: Plan, options: EngineOptions, rank: int, 
     rows = min(graph_rows(experts, most) if model.moe is not None else most, held_rows(rig.tp, most))
     if options.backend == "triton":
         compiles.listen()
-    if device.type == "cuda" and options.backend == "triton" and options.graphs and rows:
-        from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
-
-        mark("capture")
-        decode = DecodeRunner(transformer, kv, pool.block_tokens, max_context=max_context, most=rows,
-                              halve_from=pool.tbo_min_tokens if pool.tbo else None)
-        prepared = _capture(decode, options.tune, alone=at.world == 1)
     built = Rank(model, pool, at, groups, experts, transformer, kv, blocks, max_context, device, held[False], held[True],
-                 placement, decode, Mtp(transformer, params, placement) if mtp else None, prepared, progress)
+                 placement, mtp=Mtp(transformer, params, placement) if mtp else None, progress=progress)
+    if device.type == "cuda" and options.backend == "triton" and options.graphs and rows:
+        mark("capture")
+        built = _with_graphs(built, rows, tuned=options.tune)
     if device.type == "cuda" and options.backend == "triton" and options.warm_up:
         mark("warm-up")
-        prepared["warm_up"] = warm_up(built)
-    prepared["device_allocs"] = device_allocs(device)
+        built.prepared["warm_up"] = warm_up(built)
+    built.prepared["device_allocs"] = device_allocs(device)
     compiles.started()
     return built
 
@@ -171,20 +170,39 @@ def device_allocs(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device).get("num_device_alloc", 0)) if device.type == "cuda" else 0
 
 
-def _capture(decode: DecodeRunner, tuned: bool, *, alone: bool) -> dict[str, Any]:
-    """Choose kernels for small steps and capture all sizes, on all ranks of the instance at once; what was timed."""
+def _with_graphs(rank: Rank, rows: int, *, tuned: bool) -> Rank:
+    """The rank with kernels chosen for small steps and graphs of decodes of up to `rows` rows, on all ranks of the instance at
+    once, and of steps with prompts where it is alone; `prepared` says what was timed."""
+    from runtime.decode import DecodeRunner  # needs triton, which a CPU does not
     from runtime.few_rows import FewRowsOps
+    from runtime.prompts import PromptRunner
     from runtime.tune import confirm, tune
 
-    ops = decode.transformer.rig.ops
+    pool, ops, alone = rank.pool, rank.transformer.rig.ops, rank.at.world == 1
+    decode = DecodeRunner(rank.transformer, rank.kv, pool.block_tokens, max_context=rank.max_context, most=rows,
+                          halve_from=pool.tbo_min_tokens if pool.tbo else None)
     if isinstance(ops, FewRowsOps):
         ops.few = _table()
     if tuned:
-        tune(decode.transformer, decode.sizes)
+        tune(rank.transformer, decode.sizes)
     decode.capture()
     steps = confirm(decode) if tuned and alone else {}
     parts = [*ops.few.report(), *ops.products.report()] if isinstance(ops, FewRowsOps) else []
-    return {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
+    prepared = {"parts": parts, "steps_s": {str(size): pair for size, pair in steps.items()}}
+    # ranks that step together would have to agree on sizes; halves, layers that leave early and drafts are steps of their own
+    if not alone or pool.tbo or pool.role == "decode" or rank.mtp is not None or rank.progress is not None:
+        return replace(rank, decode=decode, prepared=prepared)
+    began = time.monotonic()
+    prompts = PromptRunner(rank.transformer, rank.kv, pool.block_tokens, most=most_tokens(pool), sequences=pool.max_num_seqs,
+                           decodes=rows, max_context=rank.max_context)
+    prompts.capture()
+    prepared["prompt_graphs"] = {"graphs": len(prompts.graphs), "seconds": time.monotonic() - began}
+    return replace(rank, decode=decode, prompts=prompts, prepared=prepared)
+
+
+def most_tokens(pool: PoolPlan) -> int:
+    """Of one rank's step."""
+    return max(pool.max_batch_tokens, pool.max_num_seqs)
 
 
 def tensor_group(model: ModelSpec, pool: PoolPlan, group: Group, options: EngineOptions, device: torch.device,

@@ -40,26 +40,30 @@ class Arrival:
 
 
 class SliceComm:
-    """An ExpertComm that gives every MoE layer in turn the rows that routing over all ranks would send."""
+    """An ExpertComm that gives every MoE layer in turn the rows that routing over all ranks would send. `padded`: steps may have
+    more rows than arrivals were drawn for, which get nothing."""
 
     sent_bytes = 0
     moves = False
 
-    def __init__(self, arrivals: list[Arrival]) -> None:
-        self._arrivals = arrivals
-        self._turn = 0
+    def __init__(self, arrivals: list[Arrival], *, padded: bool = False) -> None:
+        self._arrivals, self.padded = arrivals, padded
+        self._turn = self._rows = 0
 
     def dispatch(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int) -> Dispatched:
         arrival = self._arrivals[self._turn]
-        if len(arrival.back_TK) != len(x_TH):
+        if len(arrival.back_TK) > len(x_TH) or (len(x_TH) > len(arrival.back_TK) and not self.padded):
             raise ValueError(f"arrivals were drawn for {len(arrival.back_TK)} tokens a rank, and {len(x_TH)} came to dispatch")
+        self._rows = len(x_TH)
         self._turn = (self._turn + 1) % len(self._arrivals)
         return Dispatched(x_TH[arrival.source_N], arrival.slots_N1, arrival.weights_N1, arrival)
 
     def combine(self, y_NH: torch.Tensor, arrived: Dispatched) -> torch.Tensor:
         arrival = arrived.handle
-        out_TH = y_NH.new_empty(len(arrival.back_TK), y_NH.shape[1])
-        return weighted_sum(y_NH, arrival.back_TK, arrival.ones_TK, out_TH)
+        drawn = len(arrival.back_TK)
+        out_TH = (y_NH.new_zeros if self._rows > drawn else y_NH.new_empty)(self._rows, y_NH.shape[1])
+        weighted_sum(y_NH, arrival.back_TK, arrival.ones_TK, out_TH[:drawn])
+        return out_TH
 
     @property
     def rows(self) -> list[int]:

@@ -105,30 +105,28 @@ class TritonOps(TorchOps):
 
     def attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float, window: int | None,
                   sinks_Q: torch.Tensor | None, fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        n = step.num_decodes
-        parts = []
+        n, first, out = step.num_decodes, step.first_prompt_row, torch.empty_like(q_TQD)
         if n:
-            parts.append(gqa_decode(q_TQD[:n].contiguous(), cache, step.block_tables_SB[:n], step.seq_lens_S[:n], scale=scale,
-                                    window=window or 0, sinks_H=sinks_Q, max_context=max(step.context_lens[:n])))
-        if n < len(step.query_lens) or not n:
-            parts.append(self.prefill_attention(q_TQD[n:], cache, step, scale=scale, window=window, sinks_Q=sinks_Q,
-                                                fresh=fresh))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            gqa_decode(q_TQD[:n], cache, step.block_tables_SB[:n], step.seq_lens_S[:n], scale=scale, window=window or 0,
+                       sinks_H=sinks_Q, max_context=max(step.context_lens[:n]), out_BHD=out[:n])
+        self.prefill_attention(q_TQD[first:], cache, step, scale=scale, window=window, sinks_Q=sinks_Q, fresh=fresh,
+                               out_TQD=out[first:])  # behind decodes, which in a captured step leave zeros in prompts' rows
+        return out
 
     def prefill_attention(self, q_TQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                           window: int | None, sinks_Q: torch.Tensor | None,
-                          fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        n, reach = step.num_decodes, window or 0
+                          fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+                          out_TQD: torch.Tensor | None = None) -> torch.Tensor:
+        reach = window or 0
         if not len(q_TQD):
             return q_TQD
         k, v = _prompt_keys(cache, step, reach, fresh)
-        return prompt_attention(q_TQD, k.to(q_TQD.dtype), v.to(q_TQD.dtype), step.prompt_starts, step.prompt_key_starts(reach),
-                                step.query_lens[n:], scale=scale, window=reach, sinks_H=sinks_Q)
+        return prompt_attention(q_TQD, k.to(q_TQD.dtype), v.to(q_TQD.dtype), step.prompt_pieces(reach), scale=scale, window=reach,
+                                sinks_H=sinks_Q, out_THE=out_TQD)
 
     def expanded_attention(self, q_TQD: torch.Tensor, k_CQN: torch.Tensor, v_CQV: torch.Tensor, rope_CR: torch.Tensor,
-                           step: StepInput, *, scale: float) -> torch.Tensor:
-        return prompt_attention(q_TQD, k_CQN, v_CQV, step.prompt_starts, step.prompt_key_starts(),
-                                step.query_lens[step.num_decodes:], scale=scale, shared_CR=rope_CR)
+                           step: StepInput, *, scale: float, out_TQV: torch.Tensor | None = None) -> torch.Tensor:
+        return prompt_attention(q_TQD, k_CQN, v_CQV, step.prompt_pieces(), scale=scale, shared_CR=rope_CR, out_THE=out_TQV)
 
     def mla_decode(self, q_SQD: torch.Tensor, cache: torch.Tensor, step: StepInput, *, scale: float,
                    latent: int) -> torch.Tensor:
@@ -179,9 +177,9 @@ def _prompt_keys(cache: torch.Tensor, step: StepInput, window: int,
                  fresh: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [C, G, D] that the step's prompts look at, one prompt behind the other. `fresh`: the step's own, decodes'
     first; those of prompts that go on lie in the cache."""
-    n, lens, contexts = step.num_decodes, step.query_lens, step.context_lens
+    n, lens, contexts, start = step.num_decodes, step.query_lens, step.context_lens, step.first_prompt_row
     if fresh is not None and lens[n:] == contexts[n:]:
-        return fresh[0][n:], fresh[1][n:]
+        return fresh[0][start:], fresh[1][start:]
     parts, row, block = [], n, cache.shape[2]
     for i, keys in enumerate(step.prompt_keys(window), n):
         stop = row + lens[i]

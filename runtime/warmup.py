@@ -1,6 +1,6 @@
 """Steps that an engine takes before its first request, so that no request waits for a kernel to be compiled.
 
-Decode steps that a graph holds are met when they are captured. Steps with prompts run without a graph, at any number of
+Steps that a graph holds are met when they are captured. Other steps with prompts run without one, at any number of
 tokens; which kernels they need changes at thresholds (tiles, histograms, which implementation serves the experts) that are
 further than a quarter apart. So four steps for every doubling of the tokens, and one at the limit, meet all of them.
 Integers that change from step to step are not specialised on by kernels. Decodes beside prompts are cut finer the longer
@@ -73,8 +73,10 @@ def warm_steps(rank: Rank) -> Iterator[list[Segment]]:
             tokens, first_block = tokens - count, first_block + used
         return found
 
+    held = rank.prompts.sizes[-1] if rank.prompts is not None else 0
     for tokens in ladder(min(limits.max_batch_tokens, room), 4):
-        yield prompts(tokens)
+        if tokens > held:
+            yield prompts(tokens)
     for context in ladder(min(rank.max_context, room - block), 1):
         used = -(-context // block)
         decode = Segment(ids(1), context - 1, range(used), wants_logits=True)

@@ -44,6 +44,7 @@ def gqa_decode(
     max_context: int | None = None,
     splits: int | None = None,
     tile: GqaTile = DEFAULT_TILE,
+    out_BHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out_BHD: attention of one new token a sequence over its first `seq_lens` cached tokens (the new one included).
 
@@ -61,7 +62,7 @@ def gqa_decode(
         bound = min(bound, window)
     slots = multiprocessors(q_BHD.device.index or 0) * tile.resident
     splits = splits or choose_splits(batch * kv_heads, bound, tile.tokens, slots)
-    out_BHD = torch.empty_like(q_BHD)
+    out_BHD = torch.empty_like(q_BHD) if out_BHD is None else out_BHD
     parts, lse = out_BHD, torch.empty(batch, heads, splits, dtype=torch.float32, device=q_BHD.device)
     if splits > 1:
         parts = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q_BHD.device)

@@ -2,18 +2,21 @@
 
 Shapes: T query rows and C keys of S sequences that lie behind one another, H query heads, G key heads, D width of a key, E of a
 value, R columns of keys that all heads share (DeepSeek's rotary part). The last `lens` of a sequence's `contexts` positions
-ask. Nothing depends on lengths but the number of programs, so that no new length needs a plan or a compilation.
+ask. Lengths are told by a list of pieces of work on the device, of which a launch computes as many as are live: no new length
+needs a compilation, and a launch that was captured serves any prompts whose list fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+from runtime.pieces import PIECE_ROWS
 
 _LOG2_E = 1.4426950408889634
 
@@ -28,25 +31,25 @@ class PromptTile:
     stages: int
 
 
-DEFAULT_TILE = PromptTile(128, 64, 8, 3)
+DEFAULT_TILE = PromptTile(PIECE_ROWS, 64, 8, 3)
 
 
 def prompt_attention(
     q_THD: torch.Tensor,
     k_CGD: torch.Tensor,
     v_CGE: torch.Tensor,
-    starts_S: torch.Tensor,
-    key_starts_S: torch.Tensor,
-    lens: Sequence[int],
+    pieces_W4: torch.Tensor,
     *,
     scale: float,
     shared_CR: torch.Tensor | None = None,
     window: int = 0,
     sinks_H: torch.Tensor | None = None,
     tile: PromptTile | None = None,
+    out_THE: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out_THE. `starts_S`, `key_starts_S` int32 [S + 1]: where sequences begin among the queries and among the keys; `lens` says
-    the former on the host. Row i of a sequence sees its keys up to (keys - rows + i), of those the last `window` if > 0.
+    """out_THE. `pieces_W4`: `runtime.pieces.pieces` of `tile.rows` rows, on the device, maybe with more lines, which mean
+    nothing. Row i of a sequence sees its keys up to (keys - rows + i), of those the last `window` if > 0. Rows of no sequence are
+    left as they are.
 
     `shared_CR`: the last R columns of every head's keys; a query then has D + R. `sinks_H` adds exp(sink) to each head's
     denominator. Columns must be next to one another, rows and heads may be apart. On Hopper, shapes that
@@ -56,20 +59,22 @@ def prompt_attention(
     kv_heads, dim = k_CGD.shape[1:]
     shared = 0 if shared_CR is None else shared_CR.shape[1]
     assert width == dim + shared and heads % kv_heads == 0 and v_CGE.shape[:2] == k_CGD.shape[:2]
-    assert all(t.stride(-1) == 1 for t in (q_THD, k_CGD, v_CGE)) and starts_S.dtype == key_starts_S.dtype == torch.int32
-    out_THE = torch.empty(rows, heads, v_CGE.shape[2], dtype=q_THD.dtype, device=q_THD.device)
-    if not max(lens, default=0):
+    assert all(t.stride(-1) == 1 for t in (q_THD, k_CGD, v_CGE)) and pieces_W4.dtype == torch.int32
+    if out_THE is None:
+        out_THE = torch.empty(rows, heads, v_CGE.shape[2], dtype=q_THD.dtype, device=q_THD.device)
+    assert out_THE.is_contiguous() and pieces_W4.is_contiguous()
+    items = (len(pieces_W4) - 1) * heads
+    if not items:
         return out_THE
     special = None if tile else _hopper(q_THD, k_CGD, v_CGE, shared_CR)
     if special is not None:
-        special(q_THD, k_CGD, v_CGE, shared_CR, out_THE, starts_S, key_starts_S, lens, window, sinks_H, scale * _LOG2_E)
+        special(q_THD, k_CGD, v_CGE, shared_CR, out_THE, pieces_W4, window, sinks_H, scale * _LOG2_E)
         return out_THE
     tile = tile or DEFAULT_TILE
-    tiles, count = triton.cdiv(max(lens), tile.rows), len(lens)
     rope = k_CGD if shared_CR is None else shared_CR
-    _prompt_kernel[(tiles * count * heads,)](
-        q_THD, k_CGD, v_CGE, rope, out_THE, starts_S, key_starts_S, out_THE if sinks_H is None else sinks_H,
-        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), count, tiles, window, scale * _LOG2_E,
+    _prompt_kernel[(items,)](
+        q_THD, k_CGD, v_CGE, rope, out_THE, pieces_W4, out_THE if sinks_H is None else sinks_H,
+        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), window, scale * _LOG2_E,
         HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared, OUT=v_CGE.shape[2], WINDOWED=window > 0,
         HAS_SINKS=sinks_H is not None, BLOCK_D=triton.next_power_of_2(dim), BLOCK_R=triton.next_power_of_2(max(shared, 16)),
         BLOCK_E=triton.next_power_of_2(v_CGE.shape[2]), BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps,
@@ -124,26 +129,25 @@ def _tile(
     return new_top, total * decay + tl.sum(p, 1), tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
 
 
-@triton.jit(do_not_specialize=["count", "tiles", "window"])
+@triton.jit(do_not_specialize=["window"])
 def _prompt_kernel(
-    q, k, v, rope, out, starts, key_starts, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, count, tiles, window,
-    scale_log2, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, OUT: tl.constexpr,
+    q, k, v, rope, out, pieces, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, window, scale_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr, OUT: tl.constexpr,
     WINDOWED: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # heads fastest, so that those which read the same keys run together; a prompt's last rows, which see most, come first
+    # heads fastest, so that those which read the same keys run together
     pid = tl.program_id(0)
-    head, seq = pid % HEADS, pid // HEADS % count
-    begin, first_key = tl.load(starts + seq), tl.load(key_starts + seq)
-    length, keys = tl.load(starts + seq + 1) - begin, tl.load(key_starts + seq + 1) - first_key
-    row0 = (tiles - 1 - pid // (HEADS * count)) * BLOCK_M
-    if row0 >= length:
+    head = pid % HEADS
+    if pid // HEADS >= tl.load(pieces):
         return
-    row = row0 + tl.arange(0, BLOCK_M)
-    past = keys - length
+    piece = pieces + (pid // HEADS + 1) * 4
+    begin, left, first_key, keys = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
+    row = tl.arange(0, BLOCK_M)
+    past = keys - left
     d, r, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     q_rows = q + (begin + row).to(tl.int64)[:, None] * q_row + head * q_head
-    asks = row < length
+    asks = row < left
     query = tl.load(q_rows + d[None, :], mask=asks[:, None] & (d < DIM)[None, :], other=0.0)
     k_base = k + first_key.to(tl.int64) * k_row + head // GROUP * k_head
     v_base = v + first_key.to(tl.int64) * v_row + head // GROUP * v_head
@@ -157,12 +161,12 @@ def _prompt_kernel(
         top = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         total += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    end = tl.minimum(past + row0 + BLOCK_M, keys)  # keys that the last row sees
+    end = tl.minimum(past + BLOCK_M, keys)  # keys that the last row sees
     # up to here all rows see all keys
-    clear = (past + row0 + 1) // BLOCK_N * BLOCK_N
+    clear = (past + 1) // BLOCK_N * BLOCK_N
     low = 0
     if WINDOWED:
-        low = tl.maximum(past + row0 - window + 1, 0) // BLOCK_N * BLOCK_N
+        low = tl.maximum(past - window + 1, 0) // BLOCK_N * BLOCK_N
         clear = low
     for start in range(low, clear, BLOCK_N):
         top, total, acc = _tile(

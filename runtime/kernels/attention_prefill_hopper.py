@@ -8,8 +8,6 @@ TMA, of the next rows too while these are finished. Probabilities go from regist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -24,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from runtime.kernels.splits import multiprocessors
 
-ROWS, KEYS = 128, 128
+KEYS = 128
 
 
 def fits(q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None) -> bool:
@@ -40,20 +38,19 @@ def fits(q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_C
 
 def launch(
     q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGE: torch.Tensor, shared_CR: torch.Tensor | None, out_THE: torch.Tensor,
-    starts_S: torch.Tensor, key_starts_S: torch.Tensor, lens: Sequence[int], window: int, sinks_H: torch.Tensor | None,
-    scale_log2: float,
+    pieces_W4: torch.Tensor, window: int, sinks_H: torch.Tensor | None, scale_log2: float,
 ) -> None:  # fmt: skip
-    """Fill `out_THE` as `attention_prefill`'s kernel does; shapes for which `fits` holds, at least one row."""
+    """Fill `out_THE` as `attention_prefill`'s kernel does; shapes for which `fits` holds, room for at least one piece of work of
+    128 rows."""
     heads, (kv_heads, dim), out = q_THD.shape[1], k_CGD.shape[1:], v_CGE.shape[2]
-    tiles = triton.cdiv(max(lens), ROWS)
-    items = tiles * len(lens) * heads
+    items = (len(pieces_W4) - 1) * heads
     rope = k_CGD if shared_CR is None else shared_CR
     triton.set_allocator(_scratch)
     _kernel[(min(items, multiprocessors(q_THD.device.index or 0)),)](
-        q_THD, k_CGD, v_CGE, rope, out_THE, starts_S, key_starts_S, out_THE if sinks_H is None else sinks_H,
-        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), len(q_THD), len(k_CGD), len(lens), tiles,
-        items, window, scale_log2, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out,
-        WINDOWED=window > 0, HAS_SINKS=sinks_H is not None, KEYS=KEYS, num_warps=4,
+        q_THD, k_CGD, v_CGE, rope, out_THE, pieces_W4, out_THE if sinks_H is None else sinks_H,
+        *q_THD.stride()[:2], *k_CGD.stride()[:2], *v_CGE.stride()[:2], rope.stride(0), len(q_THD), len(k_CGD), window, scale_log2,
+        HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SHARED=shared_CR is not None, OUT=out, WINDOWED=window > 0,
+        HAS_SINKS=sinks_H is not None, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
 
 
@@ -63,21 +60,17 @@ def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
 
 
 @gluon.jit
-def _item(w, starts, key_starts, count, tiles, window, HEADS: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr):
+def _item(w, pieces, window, HEADS: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr):
     """(head, first row among all queries, rows left from there, first key among all keys, keys, position of the first row,
-    first tile, tiles' end) of a piece of work. Heads fastest: those that read the same keys run together; the last rows of
-    prompts, which see most, first. Work past a prompt's end has no tiles."""
-    head, seq = w % HEADS, w // HEADS % count
-    begin, first = gl.load(starts + seq), gl.load(key_starts + seq)
-    length, keys = gl.load(starts + seq + 1) - begin, gl.load(key_starts + seq + 1) - first
-    row0 = (tiles - 1 - w // (HEADS * count)) * 128
-    position = keys - length + row0
-    end = gl.cdiv(gl.minimum(position + 128, keys), KEYS)
+    first tile, tiles' end, of which there is one at least) of a piece of work. Heads fastest: those that read the same keys run
+    together."""
+    piece = pieces + (w // HEADS + 1) * 4
+    row, left, first, keys = gl.load(piece), gl.load(piece + 1), gl.load(piece + 2), gl.load(piece + 3)
+    position = keys - left
     lo = 0
     if WINDOWED:
         lo = gl.maximum(position - window + 1, 0) // KEYS
-    end = gl.where(row0 < length, end, lo)
-    return head, begin + row0, length - row0, first, keys, position, lo, end
+    return w % HEADS, row, left, first, keys, position, lo, gl.cdiv(gl.minimum(position + 128, keys), KEYS)
 
 
 @gluon.jit
@@ -90,9 +83,9 @@ def _rows_of(base, count, row, head, HEADS: gl.constexpr, WIDTH: gl.constexpr, R
 
 @gluon.jit
 def _load(
-    q, k, v, rope, starts, key_starts, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count, tiles, items,
-    window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS: gl.constexpr, GROUP: gl.constexpr,
-    DIM: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr,
+    q, k, v, rope, pieces, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, window, q_s, t_s, k_s, r_s,
+    v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+    SHARED: gl.constexpr, OUT: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp."""
     R: gl.constexpr = 64 if SHARED else 0
@@ -102,33 +95,32 @@ def _load(
     if SHARED:
         turned_desc = _rows_of(q, rows, q_row, q_head, HEADS, DIM + R, 64, R)
         rope_desc = _rows_of(rope, keys, rope_row, 0, 1, R, KEYS, R)
-    done = 0
+    done = 0  # pieces; Gluon knows no enumerate
     tile = 0
-    for w in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, row, _, first, _, _, lo, end = _item(w, starts, key_starts, count, tiles, window, HEADS, WINDOWED, KEYS)
-        if lo < end:
-            # a fresh barrier counts as having completed phase 1: the first waits pass at once
-            mbarrier.wait(q_empty, done % 2 ^ 1)
-            mbarrier.expect(q_full, 128 * (DIM + (64 if SHARED else 0)) * 2)
-            for half in gl.static_range(2):
-                tma.async_copy_global_to_shared(q_desc, [row + 64 * half, head * q_head], q_full, q_s.index(half))
-                if SHARED:
-                    tma.async_copy_global_to_shared(turned_desc, [row + 64 * half, head * q_head + DIM], q_full, t_s.index(half))
-            for j in range(lo, end):
-                now = tile % 2
-                parity = tile // 2 % 2 ^ 1
-                mbarrier.wait(k_empty.index(now), parity)
-                mbarrier.expect(k_full.index(now), KEYS * (DIM + (64 if SHARED else 0)) * 2)
-                tma.async_copy_global_to_shared(k_desc, [first + j * KEYS, head // GROUP * k_head], k_full.index(now),
-                                                k_s.index(now))  # fmt: skip
-                if SHARED:
-                    tma.async_copy_global_to_shared(rope_desc, [first + j * KEYS, 0], k_full.index(now), r_s.index(now))
-                mbarrier.wait(v_empty.index(now), parity)
-                mbarrier.expect(v_full.index(now), KEYS * OUT * 2)
-                tma.async_copy_global_to_shared(v_desc, [first + j * KEYS, head // GROUP * v_head], v_full.index(now),
-                                                v_s.index(now))  # fmt: skip
-                tile += 1
-            done += 1
+    for w in range(gl.program_id(0), gl.load(pieces) * HEADS, gl.num_programs(0)):
+        head, row, _, first, _, _, lo, end = _item(w, pieces, window, HEADS, WINDOWED, KEYS)
+        # a fresh barrier counts as having completed phase 1: the first waits pass at once
+        mbarrier.wait(q_empty, done % 2 ^ 1)
+        mbarrier.expect(q_full, 128 * (DIM + (64 if SHARED else 0)) * 2)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(q_desc, [row + 64 * half, head * q_head], q_full, q_s.index(half))
+            if SHARED:
+                tma.async_copy_global_to_shared(turned_desc, [row + 64 * half, head * q_head + DIM], q_full, t_s.index(half))
+        for j in range(lo, end):
+            now = tile % 2
+            parity = tile // 2 % 2 ^ 1
+            mbarrier.wait(k_empty.index(now), parity)
+            mbarrier.expect(k_full.index(now), KEYS * (DIM + (64 if SHARED else 0)) * 2)
+            tma.async_copy_global_to_shared(k_desc, [first + j * KEYS, head // GROUP * k_head], k_full.index(now),
+                                            k_s.index(now))  # fmt: skip
+            if SHARED:
+                tma.async_copy_global_to_shared(rope_desc, [first + j * KEYS, 0], k_full.index(now), r_s.index(now))
+            mbarrier.wait(v_empty.index(now), parity)
+            mbarrier.expect(v_full.index(now), KEYS * OUT * 2)
+            tma.async_copy_global_to_shared(v_desc, [first + j * KEYS, head // GROUP * v_head], v_full.index(now),
+                                            v_s.index(now))  # fmt: skip
+            tile += 1
+        done += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -208,9 +200,9 @@ def _add(weights, v_s, full, empty, parity, acc, valid, KEYS: gl.constexpr, OUT:
 
 @gluon.jit
 def _attend(
-    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, HALF: gl.constexpr, HEADS: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr,
-    WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
+    out, pieces, sinks, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    HALF: gl.constexpr, HEADS: gl.constexpr, SHARED: gl.constexpr, OUT: gl.constexpr, WINDOWED: gl.constexpr,
+    HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: the first or second 64 rows of every piece of work."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -218,65 +210,64 @@ def _attend(
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     q, t = q_s.index(HALF), t_s.index(HALF)
-    done = 0
+    done = 0  # pieces; Gluon knows no enumerate
     tile = 0
-    for w in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, row, left, _, keys, position, lo, end = _item(w, starts, key_starts, count, tiles, window, HEADS, WINDOWED, KEYS)
-        if lo < end:
-            at = position + 64 * HALF + gl.arange(0, 64, layout=rows_s)
-            top = gl.full([64], float("-inf"), gl.float32, layout=rows_s)
-            total = gl.zeros([64], gl.float32, layout=rows_s)
-            if HAS_SINKS:  # a key without a value: it only adds to the denominator
-                top = gl.zeros([64], gl.float32, layout=rows_s) + gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
-                total = total + 1.0
-            acc = gl.zeros([64, OUT], gl.float32, layout=o_layout)
-            clear = lo
-            if not WINDOWED:  # up to here all rows see all keys
-                clear = gl.minimum((position + 64 * HALF + 1) // KEYS, end - 1)
-            mbarrier.wait(q_full, done % 2)
-            s = _ask(q, t, k_s.index(tile % 2), r_s.index(tile % 2), k_full.index(tile % 2), tile // 2 % 2, KEYS, SHARED)
-            s = _answer(s, k_empty.index(tile % 2))
-            # the next scores are asked for before this tile's are used; with columns that heads share registers do not suffice
-            for _ in range(lo, clear):
-                now, after = tile % 2, (tile + 1) % 2
-                if not SHARED:
-                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
-                weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, False)
-                if SHARED:
-                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
-                s = _answer(ahead, k_empty.index(after))
-                acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
-                tile += 1
-            for j in range(clear, end - 1):
-                now, after = tile % 2, (tile + 1) % 2
-                if not SHARED:
-                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
-                s = _masked(s, j * KEYS, at, window, scale_log2, KEYS, WINDOWED)
-                weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
-                if SHARED:
-                    ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
-                s = _answer(ahead, k_empty.index(after))
-                acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
-                tile += 1
-            mbarrier.arrive(q_empty, count=1)
-            now = tile % 2
-            s = _masked(s, (end - 1) * KEYS, at, window, scale_log2, KEYS, WINDOWED)
-            weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
-            valid = keys - (end - 1) * KEYS
-            acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, valid, KEYS, OUT)
+    for w in range(gl.program_id(0), gl.load(pieces) * HEADS, gl.num_programs(0)):
+        head, row, left, _, keys, position, lo, end = _item(w, pieces, window, HEADS, WINDOWED, KEYS)
+        at = position + 64 * HALF + gl.arange(0, 64, layout=rows_s)
+        top = gl.full([64], float("-inf"), gl.float32, layout=rows_s)
+        total = gl.zeros([64], gl.float32, layout=rows_s)
+        if HAS_SINKS:  # a key without a value: it only adds to the denominator
+            top = gl.zeros([64], gl.float32, layout=rows_s) + gl.load(sinks + head).to(gl.float32) * 1.4426950408889634
+            total = total + 1.0
+        acc = gl.zeros([64, OUT], gl.float32, layout=o_layout)
+        clear = lo
+        if not WINDOWED:  # up to here all rows see all keys
+            clear = gl.minimum((position + 64 * HALF + 1) // KEYS, end - 1)
+        mbarrier.wait(q_full, done % 2)
+        s = _ask(q, t, k_s.index(tile % 2), r_s.index(tile % 2), k_full.index(tile % 2), tile // 2 % 2, KEYS, SHARED)
+        s = _answer(s, k_empty.index(tile % 2))
+        # the next scores are asked for before this tile's are used; with columns that heads share registers do not suffice
+        for _ in range(lo, clear):
+            now, after = tile % 2, (tile + 1) % 2
+            if not SHARED:
+                ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+            weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, False)
+            if SHARED:
+                ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+            s = _answer(ahead, k_empty.index(after))
+            acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
             tile += 1
-            done += 1
-            value = acc / gl.convert_layout(gl.where(total > 0.0, total, 1.0), rows_o)[:, None]
-            mine = 64 * HALF + gl.arange(0, 64, layout=rows_o)
-            place = ((row + mine).to(gl.int64) * HEADS + head) * OUT
-            e = gl.arange(0, OUT, layout=gl.SliceLayout(0, o_layout))
-            gl.store(out + place[:, None] + e[None, :], value.to(gl.bfloat16), mask=(mine < left)[:, None])
+        for j in range(clear, end - 1):
+            now, after = tile % 2, (tile + 1) % 2
+            if not SHARED:
+                ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+            s = _masked(s, j * KEYS, at, window, scale_log2, KEYS, WINDOWED)
+            weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
+            if SHARED:
+                ahead = _ask(q, t, k_s.index(after), r_s.index(after), k_full.index(after), (tile + 1) // 2 % 2, KEYS, SHARED)
+            s = _answer(ahead, k_empty.index(after))
+            acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, KEYS, KEYS, OUT)
+            tile += 1
+        mbarrier.arrive(q_empty, count=1)
+        now = tile % 2
+        s = _masked(s, (end - 1) * KEYS, at, window, scale_log2, KEYS, WINDOWED)
+        weights, top, total, acc = _weigh(s, top, total, acc, scale_log2, OUT, True)
+        valid = keys - (end - 1) * KEYS
+        acc = _add(weights, v_s.index(now), v_full.index(now), v_empty.index(now), tile // 2 % 2, acc, valid, KEYS, OUT)
+        tile += 1
+        done += 1  # noqa: SIM113
+        value = acc / gl.convert_layout(gl.where(total > 0.0, total, 1.0), rows_o)[:, None]
+        mine = 64 * HALF + gl.arange(0, 64, layout=rows_o)
+        place = ((row + mine).to(gl.int64) * HEADS + head) * OUT
+        e = gl.arange(0, OUT, layout=gl.SliceLayout(0, o_layout))
+        gl.store(out + place[:, None] + e[None, :], value.to(gl.bfloat16), mask=(mine < left)[:, None])
 
 
-@gluon.jit(do_not_specialize=["rows", "keys", "count", "tiles", "items", "window"])
+@gluon.jit(do_not_specialize=["rows", "keys", "window"])
 def _kernel(
-    q, k, v, rope, out, starts, key_starts, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count,
-    tiles, items, window, scale_log2, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SHARED: gl.constexpr,
+    q, k, v, rope, out, pieces, sinks, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, window, scale_log2,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SHARED: gl.constexpr,
     OUT: gl.constexpr, WINDOWED: gl.constexpr, HAS_SINKS: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -305,22 +296,22 @@ def _kernel(
             (
                 _attend,
                 (
-                    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full,
-                    q_empty, k_full, k_empty, v_full, v_empty, 0, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
+                    out, pieces, sinks, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 0, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
                 ),
             ),
             (
                 _attend,
                 (
-                    out, starts, key_starts, sinks, count, tiles, items, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full,
-                    q_empty, k_full, k_empty, v_full, v_empty, 1, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
+                    out, pieces, sinks, window, scale_log2, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 1, HEADS, SHARED, OUT, WINDOWED, HAS_SINKS, KEYS,
                 ),
             ),
             (
                 _load,
                 (
-                    q, k, v, rope, starts, key_starts, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, count,
-                    tiles, items, window, q_s, t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS,
+                    q, k, v, rope, pieces, q_row, q_head, k_row, k_head, v_row, v_head, rope_row, rows, keys, window, q_s,
+                    t_s, k_s, r_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, HEADS,
                     GROUP, DIM, SHARED, OUT, WINDOWED, KEYS,
                 ),
             ),

@@ -88,38 +88,37 @@ class Mla:
 
     def __call__(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor, norm: Norm, step: StepInput, cache: torch.Tensor,
                  angles_PA: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        heads = len(self.kv_up)
         if self.down is not None:
             low, latent, residual_TH = self.ops.norm_down(x_TH, residual_TH, norm, self.down)
             query = self.ops.linear(low, self.q_up)
         else:
             x_TH, residual_TH = self.ops.add_norm(x_TH, residual_TH, norm.weight, norm.eps)
             latent, query = self.ops.linear(x_TH, self.kv_down, self.kv_down_bias), self.ops.linear(x_TH, self.q_up)
+        heads, width, _ = self.kv_up.shape
         q, rows = self.ops.mla_rope_store(query.unflatten(-1, (heads, -1)), latent, self.kv_norm, cache, step, angles_PA,
                                           eps=self.eps, interleaved=self.interleaved)
-        n = step.num_decodes
-        parts = [self._decode(*q[:n].tensor_split((self.nope,), -1), cache, step)] if n else []
-        parts += [self._prefill(q[n:][at], self.ops.prompt_latents(cache, part, rows[n:][at]), part)
-                  for at, part in step.prompt_parts(_EXPANDED_KEYS)]
-        width = self.kv_up.shape[1] - self.nope
-        y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else query.new_empty(0, heads, width)
+        n, first, y = step.num_decodes, step.first_prompt_row, query.new_empty(len(query), heads, width - self.nope)
+        if n:
+            self._decode(*q[:n].tensor_split((self.nope,), -1), cache, step, y[:n])
+        # behind decodes, which in a captured step leave zeros in prompts' rows
+        for at, part in step.prompt_parts(_EXPANDED_KEYS):
+            self._prefill(q[first:][at], self.ops.prompt_latents(cache, part, rows[first:][at]), part, y[first:][at])
         return _project(self, y, residual_TH)
 
-    def _decode(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def _decode(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, step: StepInput,
+                out_SQV: torch.Tensor) -> None:
         key_up, value_up = self.kv_up.tensor_split((self.nope,), 1)
-        heads, width, latent = value_up.shape
+        heads, _, latent = value_up.shape
         q_SQD = q_rope.new_empty(len(q_rope), heads, latent + q_rope.shape[-1])
         torch.bmm(q_nope.transpose(0, 1), key_up, out=q_SQD[..., :latent].transpose(0, 1))
         q_SQD[..., latent:] = q_rope
         y_SQL = self.ops.mla_decode(q_SQD, cache, step, scale=self.scale, latent=latent)
-        y_SQV = y_SQL.new_empty(len(y_SQL), heads, width)
-        torch.bmm(y_SQL.transpose(0, 1), value_up.transpose(1, 2), out=y_SQV.transpose(0, 1))
-        return y_SQV
+        torch.bmm(y_SQL.transpose(0, 1), value_up.transpose(1, 2), out=out_SQV.transpose(0, 1))
 
-    def _prefill(self, q_TQD: torch.Tensor, context_CD: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def _prefill(self, q_TQD: torch.Tensor, context_CD: torch.Tensor, step: StepInput, out_TQV: torch.Tensor) -> None:
         latent, rope = context_CD.tensor_split((self.kv_up.shape[2],), -1)
         k, v = F.linear(latent, self.kv_up.flatten(0, 1)).unflatten(-1, self.kv_up.shape[:2]).tensor_split((self.nope,), -1)
-        return self.ops.expanded_attention(q_TQD, k, v, rope, step, scale=self.scale)
+        self.ops.expanded_attention(q_TQD, k, v, rope, step, scale=self.scale, out_TQV=out_TQV)
 
 
 def _project(a: Gqa | Mla, y_TQD: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -15,18 +15,19 @@ def ladder(most: int) -> tuple[int, ...]:
 PROMPT_GRAPH_TOKENS = 4096
 """Tokens of the largest step with prompts that our engine captures: a longer one keeps the GPU busy past its launches."""
 
-_FIRST_PROMPT_RUNG = 64
+_FIRST_PROMPT_RUNG, _FINER_FROM = 64, 1024
 
 
 @lru_cache(maxsize=256)
 def prompt_ladder(most_tokens: int, each: int = 4) -> tuple[int, ...]:
     """Tokens of a step with prompts that a graph is captured for: `each` evenly spaced rungs a doubling from 64 on (64, 80, 96,
-    112, 128, 160, ...); the least of `most_tokens` and `PROMPT_GRAPH_TOKENS` is the last. `each` divides 64."""
+    112, 128, 160, ...), twice as many from 1024 on, where padding costs more than launches; the least of `most_tokens` and
+    `PROMPT_GRAPH_TOKENS` is the last. `each` divides 64."""
     last = min(most_tokens, PROMPT_GRAPH_TOKENS)
     rungs: list[int] = []
     start = _FIRST_PROMPT_RUNG
     while start < last:
-        rungs += range(start, min(2 * start, last), start // each)
+        rungs += range(start, min(2 * start, last), start // (each if start < _FINER_FROM else 2 * each))
         start *= 2
     return (*rungs, last)
 

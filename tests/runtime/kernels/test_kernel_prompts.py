@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 import pytest
 import torch
 from kernel_checks import HALF, normal, poisoned, relative_error
 
 from runtime.kernels.attention_prefill import PromptTile, prompt_attention
+from runtime.pieces import PIECE_ROWS, most_pieces, pieces
 
 TILE = PromptTile(16, 16, 4, 2)
 
@@ -49,11 +49,14 @@ def run(rng, device, monkeypatch, lens, contexts=None, *, heads=4, kv_heads=2, d
     q, k, v = qkv[:rows, :, :dim + rope], kv[:keys, :, :dim], kv[:keys, :, dim:dim + width]
     shared = normal(rng, keys, rope, dtype=HALF).to(device) if rope else None
     logits = normal(rng, heads).to(device) if sinks else None
-    starts, key_starts = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (lens, contexts))
+    # a launch may have room for more pieces than there are: what stands behind them is nobody's
+    work = torch.full((50, 4), 7, dtype=torch.int32)
+    found = torch.from_numpy(pieces(lens, contexts, tile.rows if tile else PIECE_ROWS))
+    work[:len(found)] = found
     scale = (dim + rope) ** -0.5
     want = wanted(q, k, v, lens, contexts, scale, shared, window, logits)
     with poisoned(monkeypatch):
-        got = prompt_attention(q, k, v, starts, key_starts, lens, scale=scale, shared_CR=shared, window=window, sinks_H=logits,
+        got = prompt_attention(q, k, v, work.to(device), scale=scale, shared_CR=shared, window=window, sinks_H=logits,
                                tile=tile)
     assert relative_error(got, want) < bound
 
@@ -92,5 +95,17 @@ def test_at_full_width(dim, rope, window, sinks, device, rng, monkeypatch) -> No
 
 def test_no_prompts(device) -> None:
     empty = torch.zeros(0, 4, 16, dtype=HALF, device=device)
-    one = torch.zeros(1, dtype=torch.int32, device=device)
-    assert prompt_attention(empty, empty, empty, one, one, [], scale=1.0).shape == (0, 4, 16)
+    none = torch.from_numpy(pieces([], [])).to(device)
+    assert prompt_attention(empty, empty, empty, none, scale=1.0).shape == (0, 4, 16)
+
+
+def test_pieces_see_most_first_and_fit_where_there_is_room() -> None:
+    found = pieces([300, 1, 130], [300, 500, 130])
+    assert found[0].tolist() == [6, 0, 0, 0]
+    assert sorted(found[1:].tolist()) == [[0, 300, 0, 300], [128, 172, 0, 300], [256, 44, 0, 300], [300, 1, 300, 500],
+                                          [301, 130, 800, 130], [429, 2, 800, 130]]
+    seen = [min(keys - left + 128, keys) for _, left, _, keys in found[1:].tolist()]
+    assert seen == sorted(seen, reverse=True)
+    for lens in ([1] * 9, [129] * 3, [128, 1], [385], [1, 1, 511]):
+        assert len(pieces(lens, lens)) - 1 <= most_pieces(sum(lens), len(lens))
+    assert most_pieces(513, 3) == len(pieces([1, 1, 511], [1, 1, 511])) - 1

@@ -23,7 +23,7 @@ from runtime.kernels.attention_prefill_hopper import KEYS, _kernel
 for dim, shared, windowed in ((128, False, False), (64, False, True), (128, True, False)):
     constants = {"HEADS": 8, "GROUP": 4, "DIM": dim, "SHARED": shared, "OUT": dim, "WINDOWED": windowed, "HAS_SINKS": windowed,
                  "KEYS": KEYS}
-    data, whole = ("q", "k", "v", "rope", "out"), ("starts", "key_starts")
+    data, whole = ("q", "k", "v", "rope", "out"), ("pieces",)
     types = dict.fromkeys(data, "*bf16") | dict.fromkeys(whole, "*i32") | {"sinks": "*fp32", "scale_log2": "fp32"}
     signature = {name: types.get(name, "i32") for name in _kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     place = _kernel.arg_names.index

@@ -91,7 +91,7 @@ def test_rows_outlive_what_shows_them(phase: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(benchmark, phase, lambda bench, comm, batch, *rest: {"batch": batch})
     monkeypatch.setattr(benchmark, "show", broken)
     rows = points(SimpleNamespace(model=None, at=None), phase, (3,), (5,), sliced=True, skew=0.0,  # type: ignore[arg-type]
-                  replays=1, rates=None, variants=False)  # type: ignore[arg-type]
+                  replays=1, rates=None, variants=False, eager=False)  # type: ignore[arg-type]
     assert next(rows) == {"batch": 3} and drawn == [3 if phase == "decode" else 15]
     with pytest.raises(TypeError):
         next(rows)

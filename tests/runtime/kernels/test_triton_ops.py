@@ -53,8 +53,9 @@ def test_prompts_in_parts(device: torch.device) -> None:
     parts = list(step.prompt_parts(8))
     assert [(at, part.query_lens, part.context_lens) for at, part in parts] == [
         (slice(0, 8), (3, 5), (3, 5)), (slice(8, 10), (2,), (2,)), (slice(10, 15), (5,), (19,))]
-    assert [part.prompt_starts.tolist() for _, part in parts] == [[0, 3, 8], [0, 2], [0, 5]]
-    assert parts[2][1].prompt_key_starts().tolist() == [0, 19] and parts[2][1].block_tables_SB[0].tolist() == [2, 7]
+    assert [part.prompt_pieces().tolist()[1:] for _, part in parts] == [
+        [[3, 5, 3, 5], [0, 3, 0, 3]], [[0, 2, 0, 2]], [[0, 5, 0, 19]]]
+    assert parts[2][1].block_tables_SB[0].tolist() == [2, 7]
     assert [(at, part is step) for at, part in step.prompt_parts(99)] == [(slice(0, 15), True)]
 
 

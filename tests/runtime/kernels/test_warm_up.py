@@ -110,7 +110,8 @@ def test_every_step_of_the_warm_up_fits_the_engine() -> None:
     model = model_from_hf_config(tiny_config("qwen3_moe", layers=2, context=64), "tiny")
     for blocks, most, context in ((48, 37, 50), (3, 500, 12), (40, 4, 64)):
         pool = PoolPlan(role="mixed", block_tokens=4, kv_blocks=blocks, max_num_seqs=3, max_batch_tokens=most)
-        rank: Any = type("R", (), {"pool": pool, "kv_blocks": blocks, "max_context": context, "model": model})
+        rank: Any = type("R", (), {"pool": pool, "kv_blocks": blocks, "max_context": context, "model": model,
+                                     "prompts": None})
         steps = list(warmup.warm_steps(rank))
         tokens = [sum(len(s.token_ids) for s in step) for step in steps]
         assert tokens[0] == max(tokens) == min(most, blocks * 4)
