@@ -1,9 +1,9 @@
 """Which of the MoE implementations serves a layer, by its shape alone (so that a captured graph fixes the choice).
 
 Crossings measured on an H200 with 128 experts, hidden 2048, width 768, 8 choices: fp8 weights with wider activations win
-up to 24 rows an expert, products wholly in fp8 above; torch's grouped GEMM overtakes ours near 400 rows an expert in bf16,
-and between 512 and 1024 in fp8, where the products of `moe_fp8` win from 256 on (494 against 512 us; at 1024 rows 1510 against
-1599).
+up to 12 rows an expert, products wholly in fp8 above (6 to 39% faster at 16 to 24 rows in five models' shapes); torch's grouped
+GEMM overtakes ours near 400 rows an expert in bf16, and between 512 and 1024 in fp8, where the products of `moe_fp8` win from 256
+on (494 against 512 us; at 1024 rows 1510 against 1599).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtime.kernels.moe import fused_moe, fused_moe_fp8
 from runtime.kernels.moe_fp8 import FP8_TILES, Fp8Tiles, tiles_fit
 from runtime.kernels.moe_prefill import prefill_moe
 
-_FP8_ROWS = 24
+_FP8_ROWS = 12
 _GROUPED_ROWS = 384
 _GROUPED_ROWS_FP8 = 768
 _TILED_ROWS_FP8 = 255
@@ -43,7 +43,7 @@ def moe_layer(
 ) -> torch.Tensor:
     """`moe.fused_moe`'s function and arguments, by whichever implementation is fastest at these shapes.
 
-    A fall in precision comes with size: from 25 rows an expert, fp8 weights meet activations rounded to fp8 row by row.
+    A fall in precision comes with size: from 13 rows an expert, fp8 weights meet activations rounded to fp8 row by row.
     The rows an expert gets are estimated as all choices over `all_experts`, else over all of the map's. `fp8_tiles`: the
     products of layers of many rows an expert, wholly in fp8; else torch's and one before it.
     """
