@@ -55,8 +55,8 @@ from twin.validate.step import shorten
 
 _WARM = 3
 _EMBED_SCALE = 1024
-"""With random weights a prompt's tokens become alike from layer to layer, and choose the same experts: 100 tokens would reach 37 to
-46 of 128. So that what a token is prevails, as it must for the even routing that floors and predictions state."""
+"""With random weights a prompt's tokens become alike from layer to layer, and choose the same experts: 100 tokens would reach 37
+to 46 of 128. So that what a token is prevails, as it must for the even routing that floors and predictions state."""
 Json = dict[str, Any]
 
 
