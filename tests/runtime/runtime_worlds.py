@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime import loop
+from runtime import forward
 from runtime.batch import Segment, halve, make_step
 from runtime.clock import Clock
 from runtime.loop import StepLoop
@@ -176,7 +176,7 @@ def serve(rank_no: int, model: ModelSpec, plan: Plan, checkpoint: str | None,
             messages.append({"op": "add", "id": i, "tokens": list(prompt), "prompt_len": len(prompt), "seed": i,
                              "params": asdict(params)})
     script, halved = _Script(messages), []
-    loop.halve = lambda segments: halved.append(1) or halve(segments)  # type: ignore[func-returns-value]
+    forward.halve = lambda segments: halved.append(1) or halve(segments)  # type: ignore[func-returns-value]
     StepLoop(rank, script, clock, record=True).run()  # type: ignore[arg-type]
     served = Served({}, [[], []], [], len(halved), [])
     for message in script.sent:
