@@ -54,9 +54,6 @@ from twin.spec.rundir import write_text
 from twin.validate.step import shorten
 
 _WARM = 3
-_EMBED_SCALE = 1024
-"""With random weights a prompt's tokens become alike from layer to layer, and choose the same experts: 100 tokens would reach 37
-to 46 of 128. So that what a token is prevails, as it must for the even routing that floors and predictions state."""
 Json = dict[str, Any]
 
 
@@ -84,13 +81,19 @@ class Phases:
         return found
 
 
+def tell_apart(params: dict[str, torch.Tensor]) -> None:
+    """Make embeddings so large that what a token is prevails. With random weights a prompt's tokens otherwise become alike from
+    layer to layer and choose the same experts, where floors and predictions state even routing."""
+    params["embed"] *= 1024
+
+
 class Bench:
     """A model with random weights on this GPU."""
 
     def __init__(self, model: ModelSpec, at: RankLayout, precision: str, block_tokens: int) -> None:
         self.model, self.at, self.block = model, at, block_tokens
         params = load_weights(model, at, checkpoint=None, seed=0, dtype=torch.bfloat16, device="cuda")
-        params["embed"] *= _EMBED_SCALE
+        tell_apart(params)
         self.params = quantise(params) if precision == "fp8" else params
         self.phases = Phases()
         self.kv: list[torch.Tensor] = []

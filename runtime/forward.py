@@ -33,7 +33,7 @@ def forward(rank: Rank, segments: list[Segment], mark: Callable[[str], None], *,
     if key is not None:
         assert rank.prompts is not None
         mark("graph")
-        return Computed(rank.prompts.run(segments, key)[0], None, None)
+        return Computed(rank.prompts.run(segments, key), None, None)
     pool, model = rank.pool, rank.transformer
     overlaps = pool.tbo and tokens >= pool.tbo_min_tokens
     steps = [make_step(part, pool.block_tokens, rank.device) for part in (halve(segments) if overlaps else [segments])]

@@ -27,7 +27,7 @@ from runtime.compiles import compiles
 from runtime.control import Control, Message
 from runtime.eplb import rebalancer
 from runtime.forward import forward
-from runtime.rank import Rank, most_tokens
+from runtime.rank import Rank
 from runtime.records import IDLE, StepLog, did
 from runtime.sequences import LiveRequest, pack, segments_of, unpack
 from runtime.speculate import MtpDrafter, verify
@@ -380,4 +380,4 @@ class Desk:
 def limits_of(rank: Rank) -> BatchLimits:
     """The batching limits that the rank's pool states."""
     pool = rank.pool
-    return BatchLimits(pool.max_num_seqs, most_tokens(pool), pool.chunk_tokens, rank.max_context)
+    return BatchLimits(pool.max_num_seqs, pool.max_step_tokens, pool.chunk_tokens, rank.max_context)

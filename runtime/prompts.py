@@ -72,16 +72,15 @@ class PromptRunner:
         room = next((room for room in self._rooms if room >= decodes), None) if decodes else 0
         return None if size is None or room is None else (size, room)
 
-    def run(self, segments: Sequence[Segment], key: Key | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits fp32 [R, V] of the rows that want them, states [n, H] of all tokens, overwritten by the next step) of a step
-        that `key_of` has a graph for."""
+    def run(self, segments: Sequence[Segment], key: Key | None = None) -> torch.Tensor:
+        """Logits fp32 [R, V] of the rows that want them, of a step that `key_of` has a graph for; `states_NH` has the states of
+        all its tokens until the next step."""
         key = key or self.key_of(segments)
         assert key is not None, "no graph holds this step"
         segments = rows_of(segments)
         rows = self._load(segments, key)
         self.again(key)
-        tokens = sum(len(s.token_ids) for s in segments)
-        return self.head(rows), self.states_NH[:tokens]
+        return self.head(rows)
 
     def again(self, key: Key) -> None:
         """Compute what was loaded last."""

@@ -193,16 +193,11 @@ def _with_graphs(rank: Rank, rows: int, *, tuned: bool) -> Rank:
     if not alone or pool.tbo or pool.role == "decode" or rank.mtp is not None or rank.progress is not None:
         return replace(rank, decode=decode, prepared=prepared)
     began = time.monotonic()
-    prompts = PromptRunner(rank.transformer, rank.kv, pool.block_tokens, most=most_tokens(pool), sequences=pool.max_num_seqs,
+    prompts = PromptRunner(rank.transformer, rank.kv, pool.block_tokens, most=pool.max_step_tokens, sequences=pool.max_num_seqs,
                            decodes=rows, max_context=rank.max_context)
     prompts.capture()
     prepared["prompt_graphs"] = {"graphs": len(prompts.graphs), "seconds": time.monotonic() - began}
     return replace(rank, decode=decode, prompts=prompts, prepared=prepared)
-
-
-def most_tokens(pool: PoolPlan) -> int:
-    """Of one rank's step."""
-    return max(pool.max_batch_tokens, pool.max_num_seqs)
 
 
 def tensor_group(model: ModelSpec, pool: PoolPlan, group: Group, options: EngineOptions, device: torch.device,

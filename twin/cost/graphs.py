@@ -33,8 +33,7 @@ class Graphs:
         if not pool.cuda_graphs:
             return cls(_NONE, _NONE, _NONE)
         decodes = np.array(engine.graphs(pool.max_num_seqs, pool.mtp_draft_tokens), dtype=float)
-        most = max(pool.max_batch_tokens, pool.max_num_seqs)
-        alone, beside = engine.prompt_graphs(most) if prompts else ((), ())
+        alone, beside = engine.prompt_graphs(pool.max_step_tokens) if prompts else ((), ())
         return cls(decodes, np.array(alone, dtype=float), np.array(beside, dtype=float))
 
     def pad(self, queries: Array) -> Array:

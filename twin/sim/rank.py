@@ -20,7 +20,7 @@ class Rank(BatchScheduler):
     """The scheduler, its memory in tokens, and the hand-overs that wait for a seat and memory here."""
 
     def __init__(self, pool: PoolPlan, kv_blocks: int) -> None:
-        limits = BatchLimits(max_seqs=pool.max_num_seqs, max_batch_tokens=pool.max_batch_tokens,
+        limits = BatchLimits(max_seqs=pool.max_num_seqs, max_batch_tokens=pool.max_step_tokens,
                              chunk_tokens=pool.chunk_tokens)
         super().__init__(limits, CountingBlocks(kv_blocks, pool.block_tokens))
         self.incoming: set[int] = set()  # requests whose KV is on its way: memory and a seat are theirs already

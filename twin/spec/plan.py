@@ -71,6 +71,11 @@ class PoolPlan(Spec):
     cuda_graphs: bool = True
 
     @property
+    def max_step_tokens(self) -> int:
+        """Tokens of one rank's step: every running sequence may decode, however few tokens a batch may have."""
+        return max(self.max_batch_tokens, self.max_num_seqs)
+
+    @property
     def world(self) -> int:
         """GPUs of one instance."""
         return self.dp * self.tp

@@ -52,7 +52,8 @@ def test_experts_widen_rows_as_they_multiply(device: torch.device, rng: torch.Ge
         run = {"prefill_moe": moe_prefill.prefill_moe, "moe_layer": moe_layer.moe_layer}.get(which) or getattr(moe, which)
         got = run(x, w13, w2, choice, slots, w13_scale_E2I=s13, w2_scale_EH=s2, out_TH=out, x_scale_T=scale)
         assert got.data_ptr() == out.data_ptr()
-    bound = 0.06 if which == "fused_moe_fp8" else 1e-2 if dtype == HALF else 1e-5  # there, h is rounded to fp8 as well
+    narrow = which == "fused_moe_fp8" or (which == "prefill_moe" and weights == "fp8")  # there, h is rounded to fp8 as well
+    bound = 0.06 if narrow else 1e-2 if dtype == HALF else 1e-5
     assert relative_error(got, want) < bound
     assert got[1].eq(0).all()
 

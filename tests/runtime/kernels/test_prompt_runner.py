@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from runtime_worlds import serve
 from test_decode_runner import BLOCK, build, tiny
 
 from runtime.batch import Segment, make_step
 from runtime.comm.group import solo
 from runtime.kv import make_kv
-from runtime.layout import single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.prompts import PromptRunner
 from runtime.rank_slice import SliceComm, draw_arrivals, slice_layout, slice_placement
+from runtime.types import SamplingParams
 from runtime.weights import load_weights
+from twin.spec.plan import Plan, PoolPlan
 
 LENS = (5, 9, 4)
 DECODES = 2
@@ -52,18 +56,18 @@ def test_prompts_and_decodes_beside_them(device: torch.device, arch: str) -> Non
     whole = [prompt(0, LENS[0]), prompt(1, LENS[1], logits=False), prompt(2, LENS[2])]
     want = wide.forward(make_step(whole, BLOCK, device), wide_kv, 64)
     assert runner.key_of(whole) == (24, 0)
-    logits, states = runner.run(whole)
-    assert len(logits) == 2 and len(states) == sum(LENS) and states.isfinite().all()
+    logits = runner.run(whole)
+    assert len(logits) == 2 and runner.states_NH[:sum(LENS)].isfinite().all()
     torch.testing.assert_close(logits, want, **close(device))
     mixed = [Segment([3], LENS[0], range(4)), Segment([8], LENS[2], range(8, 12)), prompt(3, 14)]
     want = wide.forward(make_step(mixed, BLOCK, device), wide_kv, 64)
     assert runner.key_of(mixed) == (24, DECODES)
-    torch.testing.assert_close(runner.run(mixed)[0], want, **close(device))
+    torch.testing.assert_close(runner.run(mixed), want, **close(device))
     for segments in (whole, mixed):
         eager.forward(make_step(segments, BLOCK, device), eager_kv, 64)
     again = [Segment([3], LENS[0], range(4)), prompt(3, 14)]  # fewer decodes than there is room for
     want = wide.forward(make_step(again, BLOCK, device), wide_kv, 64)
-    torch.testing.assert_close(runner.run(again)[0], want, **close(device))
+    torch.testing.assert_close(runner.run(again), want, **close(device))
     for ours, theirs, before in zip(kv, eager_kv, untouched, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), **close(device))
         assert torch.equal(ours == before, theirs == before), "padding wrote KV"
@@ -73,7 +77,7 @@ def test_prompts_and_decodes_beside_them(device: torch.device, arch: str) -> Non
 
 
 def test_what_no_graph_holds(device: torch.device) -> None:
-    transformer, kv = build(tiny("qwen3_moe"), "triton", torch.device("cpu") if device.type == "cpu" else device)
+    transformer, kv = build(tiny("qwen3_moe"), "triton", device)
     runner = PromptRunner(transformer, kv, BLOCK, most=64, sequences=3, decodes=DECODES, max_context=32, sizes=[16, 32])
     decode = Segment([1], 4, range(2))
     assert runner.key_of([prompt(0, 16)]) == (16, 0) and runner.key_of([prompt(0, 8), prompt(1, 9)]) == (32, 0)
@@ -100,8 +104,35 @@ def test_a_slice_takes_padded_prompts(device: torch.device) -> None:
         kv = make_kv(model, at, 16, BLOCK, params["embed"].dtype, device)
         segments = [prompt(0, 6), prompt(1, 8)]
         if padded:
-            found.append(runner_of(transformer, kv, device, decodes=0).run(segments)[0])
+            found.append(runner_of(transformer, kv, device, decodes=0).run(segments))
         else:
             found.append(transformer.forward(make_step(segments, BLOCK, device), kv, 14))
     torch.testing.assert_close(found[1], found[0], **close(device))
-    assert single(model).ep == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the world that serves is a CPU's")
+def test_served_requests_take_their_prompts_from_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are those of an engine without; prompts that begin beside decodes are in them, one that goes on is not."""
+    model = tiny("qwen3_moe")
+    pool = PoolPlan(role="mixed", block_tokens=BLOCK, kv_blocks=16, max_num_seqs=3, max_batch_tokens=12, chunk_tokens=8)
+    requests = [([(5 * i + j) % 60 for j in range(n)], SamplingParams(max_tokens=3 + i, ignore_eos=True))
+                for i, n in enumerate((4, 6, 11, 5))]
+    taken: list[tuple[int, int]] = []
+    run = PromptRunner.run
+
+    def noted(self: PromptRunner, segments: list[Segment], key: tuple[int, int] | None = None) -> torch.Tensor:
+        taken.append((sum(not s.is_prefill for s in segments), sum(s.is_prefill for s in segments)))
+        assert not any(s.start for s in segments if s.is_prefill)
+        return run(self, segments, key)
+
+    monkeypatch.setattr(PromptRunner, "run", noted)
+
+    def fit(rank):
+        plain = rank.transformer
+        fast = Transformer(model, rank.at, plain.params, replace(plain.rig, ops=ops_for("triton")), rank.placement)
+        return replace(rank, transformer=fast, prompts=PromptRunner(
+            fast, rank.kv, BLOCK, most=pool.max_step_tokens, sequences=3, decodes=3, max_context=rank.max_context))
+
+    want = serve(0, model, Plan(pools=(pool,)), None, requests).outputs
+    assert serve(0, model, Plan(pools=(pool,)), None, requests, fit).outputs == want
+    assert any(decodes for decodes, _ in taken) and not all(decodes for decodes, _ in taken)

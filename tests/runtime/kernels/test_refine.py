@@ -15,7 +15,9 @@ from runtime.decode import DecodeRunner
 from runtime.kernels.skinny import Cut
 from runtime.model.transformer import Transformer
 
-SMALL = {"ROWS": (Cut(16, 64, 1),), "ROUTER": (Cut(8, 0, 4),), "STREAMS": (Cut(4, 64, 1, per_sm=1),),
+HIDDEN = 256 if torch.cuda.is_available() else 64
+"""Of `tiny`; a program that stays reads whole rows."""
+SMALL = {"ROWS": (Cut(16, 64, 1),), "ROUTER": (Cut(8, 0, 4),), "STREAMS": (Cut(4, HIDDEN, 1, per_sm=1),),
          "SIDE_BY_SIDE": (Cut(8, 32, 1, stages=2),)}
 
 

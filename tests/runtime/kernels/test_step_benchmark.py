@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import step as benchmark
-from benchmarks.step import expert_rows, own_tokens, points, show_variants
+from benchmarks.step import expert_rows, own_tokens, points, show_variants, tell_apart
 from runtime import rank_slice
 from runtime.batch import Segment, make_step
 from runtime.comm.experts import Local
@@ -19,6 +19,7 @@ from runtime.comm.group import solo
 from runtime.kernels.moe_fp8 import FP8_TILES
 from runtime.kernels.products import Share
 from runtime.kv import make_kv
+from runtime.layout import single
 from runtime.model.transformer import Rig, Transformer
 from runtime.ops import ops_for
 from runtime.products import Products
@@ -55,6 +56,22 @@ def test_a_slice_prefills_whole_prompts(device: torch.device) -> None:
     assert expert_rows(model, Local(), tokens) == (tokens * model.moe.top_k * model.moe_layers, 0)
     with pytest.raises(ValueError, match="drawn for 12 tokens"):
         transformer.forward(make_step(prompts[:1], BLOCK, device), kv, tokens)
+
+
+def test_prompts_of_random_weights_reach_all_experts() -> None:
+    """As they do not by themselves: their tokens become alike."""
+    model = model_from_hf_config(tiny_config("qwen3_moe", hidden=64, layers=8, experts=64, top_k=4, vocab=4000, context=256))
+    at = single(model)
+    reached = []
+    for apart in (False, True):
+        params = load_weights(model, at, checkpoint=None, seed=3, dtype=torch.float32, device="cpu")
+        if apart:
+            tell_apart(params)
+        transformer = Transformer(model, at, params, Rig(ops_for("torch"), solo(), Local()))
+        prompt = Segment([37 * i for i in range(100)], 0, range(50), True)
+        transformer.forward(make_step([prompt], BLOCK), make_kv(model, at, 50, BLOCK, torch.float32, "cpu"), 100)
+        reached.append([int((ffn.load_E > 0).sum()) for ffn in transformer.moe_layers])
+    assert min(reached[1]) > 60 and max(reached[0][4:]) < 50, reached
 
 
 def test_choices_drawn_in_parts_are_as_many(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,18 @@ def test_every_step_of_the_warm_up_fits_the_engine() -> None:
             assert all(s.start + len(s.token_ids) <= min(context, 4 * len(s.blocks)) for s in step)
 
 
+def test_prompts_that_graphs_hold_need_no_warm_up() -> None:
+    """Larger steps do, and so do decodes beside prompts and prompts that go on."""
+    model = model_from_hf_config(tiny_config("qwen3_moe", layers=2, context=64), "tiny")
+    pool = PoolPlan(role="mixed", block_tokens=4, kv_blocks=40, max_num_seqs=3, max_batch_tokens=100)
+    held: Any = type("P", (), {"sizes": [16, 32]})
+    rank: Any = type("R", (), {"pool": pool, "kv_blocks": 40, "max_context": 64, "model": model, "prompts": held})
+    whole = [step for step in warmup.warm_steps(rank) if all(s.is_prefill and not s.start for s in step)]
+    assert whole and all(sum(len(s.token_ids) for s in step) > 32 for step in whole)
+    rank.prompts = None
+    assert len([step for step in warmup.warm_steps(rank) if all(s.is_prefill and not s.start for s in step)]) > len(whole)
+
+
 def test_late_compilations_are_counted_and_named(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: heard.append(what))
