@@ -118,7 +118,8 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (
            few_rows=((1, 0.87), (2, 0.92), (4, 0.975), (8, 0.985), (16, 1.0)), prompt_graph_tokens=PROMPT_GRAPH_TOKENS,
            note="eager launch: Qwen3-30B's prompts of 100 tokens in bf16 on the hosts of several H200s, 35 to 58 us for each "
                 "kernel counted (one is kept: h200_prompts_eager_bf16.json, 56); prefill_slowdown: the same model's prompts of "
-                "4 x 4096 and 6 x 1800 tokens, 1.04 to 1.09; decode_slowdown: median over 8 steps of it and 6 of DeepSeek-R1's slices; "
+                "4 x 4096 and 6 x 1800 tokens, 1.04 to 1.09; decode_slowdown: median over 8 steps of it and 6 of DeepSeek-R1's "
+                "slices; "
                 "graph sizes are the runtime's; scheduling, sampling and booking of a served step take 1.4 ms there at 177 "
                 "sequences, taken as 0.3 and 6.3 us a sequence (h200_serve_azure512.json); few_rows: Qwen3-30B's steps of "
                 "1,024 tokens over what they would take with decode_slowdown alone (h200_step_small_batches.json); sum_spread: "
